@@ -1,0 +1,83 @@
+// An engine is one instruction set's way to do  C += A·B  on packed operands, and the copies around it.
+//
+// A is a block of rows, k contiguous, padded with zeros to a multiple of kpad and to a stride that avoids cache
+// aliasing. B is cut into panels of nr columns (the last may be nr/2 wide), each panel one contiguous stream in the
+// order the tile kernel reads it. C is always float32.
+#pragma once
+#include <cstdint>
+
+namespace peft_fast {
+
+// a matrix as it lies in memory; element (i, j) is data[i * row + j * col]
+struct Source {
+  const void* data;
+  bool bf16;            // else float32
+  int64_t row, col;     // strides in elements
+  bool round = false;   // float32 that must be rounded to bfloat16 before use
+  const uint8_t* mask = nullptr;  // bit (i, j) set = keep, rows mask_row bytes apart; null = keep all
+  int64_t mask_row = 0;
+};
+
+// where a finished tile goes: out = scale·c·column_scale + bias, element (i, j) at data[i * row + j * col]
+struct Target {
+  void* data;
+  bool bf16;
+  int64_t row, col;
+  float scale = 1.0f;
+  const float* column_scale = nullptr;
+  const float* bias = nullptr;
+};
+
+// one stretch of a tile's k: a (m, k) rows lda elements apart, b a panel (k, width); k a multiple of kpad
+struct Segment {
+  int64_t k;
+  const void* a;
+  int64_t lda;
+  const void* b;
+};
+
+struct Engine {
+  const char* isa;
+  bool half;  // packed operands are bfloat16, else float32
+  int mr, nr, kpad;
+  int row_step;  // tile() writes whole steps of this many rows, m rounded up
+  // rows [i0, i0+m) × columns [k0, k0+k) of an A operand -> out, ld elements a row, zero up to kpad
+  void (*rows)(const Source&, int64_t i0, int64_t m, int64_t k0, int64_t k, void* out, int64_t ld);
+  // rows [k0, k0+k) × columns [j0, j0+n), n <= nr, of a B operand -> one panel of `width` columns, zero-padded
+  void (*panel)(const Source&, int64_t k0, int64_t k, int64_t j0, int64_t n, int width, void* out);
+  // c (m, width) = or += Σ a·b over `count` segments; m <= mr, c has room for mr × width
+  void (*tile)(const Segment*, int count, float* c, int64_t ldc, int m, int width, bool add);
+  // c (m, n) += scale · bit(i0 + i, j0 + j) · z (m, n)
+  void (*add_masked)(float* c, int64_t ldc, const float* z, int64_t ldz, int m, int n, const Source& mask, int64_t i0,
+                     int64_t j0, float scale);
+  void (*finish)(const float* c, int64_t ldc, int m, int n, int64_t i0, int64_t j0, const Target&);
+  // keep bits of one row of K elements, in whole groups of 16 bytes
+  void (*mask_row)(uint64_t seed, uint64_t row, int64_t K, uint32_t threshold, uint8_t* out);
+  // around the tiles of one task: what the processor's tile state needs, 64 bytes keep the caller's; null = nothing
+  void (*enter)(void* saved) = nullptr;
+  void (*leave)(const void* saved) = nullptr;
+
+  int64_t element() const { return half ? 2 : 4; }
+  int64_t padded(int64_t k) const { return (k + kpad - 1) / kpad * kpad; }
+  int width(int64_t n) const { return n > nr / 2 ? nr : nr / 2; }
+};
+
+// the engine in use for float32 or bfloat16 arithmetic
+const Engine& engine(bool bf16);
+
+// instruction sets, weakest first; select() caps the choice ("auto" = the best the machine has)
+const char* select_isa(const char* name);
+const char* current_isa();
+
+// one pair of engines per instruction set; null where the file was built without it
+struct IsaEngines {
+  const Engine* f32;
+  const Engine* bf16;
+};
+IsaEngines portable_engines();
+IsaEngines avx2_engines();
+IsaEngines avx512_engines();
+IsaEngines avx512_bf16_engines();
+IsaEngines amx_engines();
+
+}  // namespace peft_fast

@@ -1,0 +1,84 @@
+// AMX-BF16: 32 × 32 tiles from four accumulator, two A and two B tile registers; float32 stays on AVX512.
+//
+// PEFT_FAST_EMULATE_AMX replaces the tile instructions by loops, so that the index logic runs anywhere.
+#if (defined(__AMX_BF16__) && defined(__AVX512BF16__) && !defined(PEFT_FAST_ISA_UNAVAILABLE)) || \
+    defined(PEFT_FAST_EMULATE_AMX)
+#include "cpu/tiles.h"
+#if defined(PEFT_FAST_EMULATE_AMX)
+#include "cpu/amx_emulation.h"
+#endif
+
+namespace peft_fast {
+namespace {
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// every tile register as 16 rows of 64 bytes. oneDNN keeps a configuration of its own on the same thread and may
+// believe that it still holds: it is put back
+void enter(void* saved) {
+  _tile_storeconfig(saved);
+  TileConfig config;
+  for (int i = 0; i < 8; ++i) config.bytes_per_row[i] = 64, config.rows[i] = 16;
+  _tile_loadconfig(&config);
+}
+void leave(const void* saved) { _tile_loadconfig(saved); }
+
+// c (32, width) = or += Σ a (32, k) · b (k, width); b as [k/32][width/16][16][16][2]; a is read past row m, into padding
+void tile_amx(const Segment* segment, int count, float* c, int64_t ldc, int m, int width, bool add) {
+  const bool low = m > 16, right = width > 16;
+  const int64_t c_bytes = ldc * 4;
+  if (add) {
+    _tile_loadd(0, c, c_bytes);
+    if (right) _tile_loadd(1, c + 16, c_bytes);
+    if (low) _tile_loadd(2, c + 16 * ldc, c_bytes);
+    if (low && right) _tile_loadd(3, c + 16 * ldc + 16, c_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (; count > 0; --count, ++segment) {
+    const auto* a = (const uint16_t*)segment->a;
+    const auto* b = (const uint16_t*)segment->b;
+    const auto* a_low = a + 16 * segment->lda;
+    const int64_t a_bytes = segment->lda * 2;
+    for (int64_t p = 0; p < segment->k; p += 32, b += 32 * width) {
+      _tile_loadd(6, b, 64);
+      _tile_loadd(4, a + p, a_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      if (right) {
+        _tile_loadd(7, b + 512, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if (low) {
+        _tile_loadd(5, a_low + p, a_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        if (right) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  if (right) _tile_stored(1, c + 16, c_bytes);
+  if (low) _tile_stored(2, c + 16 * ldc, c_bytes);
+  if (low && right) _tile_stored(3, c + 16 * ldc + 16, c_bytes);
+}
+
+}  // namespace
+
+static constexpr Engine f32 = engine_of<F32Step<16>, 16, 12>("amx");
+static constexpr Engine bf16 = {
+    "amx", true, 32, 32, 32, 16, rows<uint16_t, 32>, panel<uint16_t, 32, true>, tile_amx, add_masked, finish, mask_row,
+    enter, leave};
+IsaEngines amx_engines() { return {&f32, &bf16}; }
+}  // namespace peft_fast
+#else
+#include "cpu/engine.h"
+namespace peft_fast {
+IsaEngines amx_engines() { return {nullptr, nullptr}; }
+}  // namespace peft_fast
+#endif

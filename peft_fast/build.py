@@ -1,0 +1,454 @@
+"""csrc/**.cpp → peft_fast/libpeft_fast.so (operators, LibTorch stable ABI) and peft_fast/_C.*.so (pybind11).
+
+The only build logic there is: setup.py loads this file by path, `python -m peft_fast build` calls it, and
+`python peft_fast/build.py` runs it alone. It imports neither torch nor the package. Where it cannot build, it
+does not raise: the reason goes to peft_fast/build_info.json, and the package works without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import datetime
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
+IS_CLONE = (ROOT / "setup.py").is_file() and (ROOT / "csrc").is_dir()
+LIBRARY = "libpeft_fast.so"
+MODULE = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
+INFO = "build_info.json"
+MODULE_SOURCE = "module.cpp"
+MIN_TORCH = (2, 11)
+TORCH_TARGET_VERSION = "0x020b000000000000"  # the stable ABI of MIN_TORCH
+
+# no -ffast-math: NaN and Inf must reach the output
+BASE_FLAGS = (
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden "
+    "-fno-math-errno -fno-trapping-math -ffp-contract=fast -fno-strict-aliasing -Wall"
+).split()
+
+
+class Isa(NamedTuple):
+    """Flags for one source file, and an instruction which the assembler must know too."""
+
+    flags: tuple[str, ...]
+    probe: str
+
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *_AVX2, "-mprefer-vector-width=512")
+_BF16 = (*_AVX512, "-mavx512bf16")
+# weakest first: this is the link order too (see _link_order)
+ISA_FILES = {
+    "isa_avx2.cpp": Isa(_AVX2, "vfmadd231ps %ymm0, %ymm1, %ymm2"),
+    "isa_avx512.cpp": Isa(_AVX512, "vpaddw %zmm0, %zmm1, %zmm2"),
+    "isa_avx512_bf16.cpp": Isa(_BF16, "vdpbf16ps %zmm0, %zmm1, %zmm2"),
+    "isa_amx.cpp": Isa((*_BF16, "-mamx-tile", "-mamx-bf16"), "tdpbf16ps %tmm0, %tmm1, %tmm2"),
+}
+UNAVAILABLE = "-DPEFT_FAST_ISA_UNAVAILABLE"
+
+
+Log = Callable[[str], None]
+
+
+class CannotBuild(Exception):
+    """Why there is no extension (one sentence), what to do, and whether it is this machine or our sources."""
+
+    def __init__(self, reason: str, do: str, machine: bool = True):
+        super().__init__(reason)
+        self.reason, self.do, self.machine = reason, do, machine
+
+
+class Step(NamedTuple):
+    """One compiler call: `inputs` → `output`; objects have a depfile, links have none."""
+
+    output: str
+    inputs: tuple[str, ...]
+    command: tuple[str, ...]
+    label: str
+    depfile: str | None
+
+
+# ---- what is on this machine
+
+
+def csrc_dir() -> Path:
+    """The C++ sources: beside the package in a clone, inside it in an installed wheel."""
+    folder = (ROOT if IS_CLONE else PACKAGE) / "csrc"
+    if not (folder / MODULE_SOURCE).is_file():
+        raise CannotBuild(f"there are no C++ sources in {folder}", "install again from a complete checkout")
+    return folder
+
+
+def default_build_dir() -> Path | None:
+    """<root>/build/native in a clone; None (a temporary folder) for an installed package."""
+    return ROOT / "build" / "native" if IS_CLONE else None
+
+
+def _site_dirs() -> list[Path]:
+    """Where packages live, also for an isolated pip build whose sys.path no longer shows them."""
+    dirs = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
+    if (Path(sys.prefix) / "pyvenv.cfg").is_file():
+        cfg = (Path(sys.prefix) / "pyvenv.cfg").read_text().lower()
+        if re.search(r"include-system-site-packages\s*=\s*true", cfg):
+            base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
+            dirs += [sysconfig.get_path("purelib", vars=base), sysconfig.get_path("platlib", vars=base)]
+    return [Path(d) for d in dict.fromkeys(dirs) if d]
+
+
+def _package_dir(name: str) -> Path | None:
+    """The folder of an installed package, found without importing it."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec and spec.origin:
+        return Path(spec.origin).parent
+    return next((d / name for d in _site_dirs() if (d / name / "__init__.py").is_file()), None)
+
+
+def find_torch() -> tuple[Path, str]:
+    """(folder, version) of the installed torch; CannotBuild if it is missing, too old or has no headers."""
+    need = ".".join(map(str, MIN_TORCH))
+    folder = _package_dir("torch")
+    if folder is None:
+        raise CannotBuild(
+            f"torch is not installed for {sys.executable}",
+            f"install torch>={need}, then run `python -m peft_fast build`",
+        )
+    found = re.search(r"__version__\s*=\s*['\"]([^'\"]+)", (folder / "version.py").read_text())
+    version = found.group(1) if found else "unknown"
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if not numbers or tuple(map(int, numbers.groups())) < MIN_TORCH:
+        raise CannotBuild(f"torch {version} is too old", f"install torch>={need}, then run `python -m peft_fast build`")
+    if not (folder / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+        raise CannotBuild(
+            f"torch {version} has no C++ headers in {folder}",
+            "install torch from its official wheel, then run `python -m peft_fast build`",
+        )
+    return folder, version
+
+
+def find_compiler() -> tuple[str, str]:
+    """(path, first line of --version); the CXX environment variable wins."""
+    asked = os.environ.get("CXX", "").strip()
+    for name in [asked] if asked else ["c++", "g++", "clang++"]:
+        words = shlex.split(name)
+        path = shutil.which(words[0])
+        if not path:
+            continue
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run([path, *words[1:], "--version"], capture_output=True, text=True, timeout=60)
+            if done.returncode == 0 and done.stdout.strip():
+                return shlex.join([path, *words[1:]]), done.stdout.splitlines()[0]
+    raise CannotBuild(
+        f"CXX={asked} does not run" if asked else "no C++ compiler (c++, g++ or clang++) on PATH",
+        "install one (`apt-get install g++`), then run `python -m peft_fast build`",
+    )
+
+
+def default_jobs() -> int:
+    """MAX_JOBS, else one compiler for each core this process may use."""
+    asked = os.environ.get("MAX_JOBS", "").strip()
+    if asked and not (asked.isdecimal() and int(asked)):
+        raise CannotBuild(f"MAX_JOBS={asked!r} is not a positive number", "set it to one or unset it, and build again")
+    return int(asked or len(os.sched_getaffinity(0)))
+
+
+def find_ninja() -> str | None:
+    """The ninja on PATH, beside this python or in the ninja package; None if there is none."""
+    package = _package_dir("ninja")
+    places = [
+        shutil.which("ninja"),
+        Path(sysconfig.get_path("scripts")) / "ninja",
+        package and package / "data" / "bin" / "ninja",
+    ]
+    for place in places:
+        if place and os.access(place, os.X_OK):
+            with contextlib.suppress(OSError):
+                if subprocess.run([str(place), "--version"], capture_output=True).returncode == 0:
+                    return str(place)
+    return None
+
+
+def isa_flags(compiler: str) -> dict[str, tuple[str, ...]]:
+    """File name → its flags; (UNAVAILABLE,) where compiler or assembler does not know the instruction set."""
+    table = {}
+    for name, isa in ISA_FILES.items():
+        known = platform.machine() in ("x86_64", "AMD64")
+        if known:
+            source = f'int main() {{ __asm__ volatile("{isa.probe.replace("%", "%%")}" ::: "memory"); }}\n'
+            with tempfile.TemporaryDirectory() as tmp:
+                command = [*shlex.split(compiler), *isa.flags, "-x", "c++", "-c", "-", "-o", f"{tmp}/probe.o"]
+                known = subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
+        table[name] = isa.flags if known else (UNAVAILABLE,)
+    return table
+
+
+# ---- what has to be done
+
+
+def _link_order(source: Path) -> tuple[int, str]:
+    """Files without ISA flags first, then from the weakest to the strongest instruction set.
+
+    The linker keeps the first copy of an inline function it meets; a copy compiled for AVX-512 must never be
+    the one that the portable code calls.
+    """
+    names = list(ISA_FILES)
+    return (names.index(source.name) + 1 if source.name in names else 0, source.as_posix())
+
+
+def _has_python_headers() -> bool:
+    return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+
+
+def plan(compiler: str, torch: Path, torch_version: str, csrc: Path) -> tuple[list[Step], dict]:
+    """Every compile and link step, and the per-file ISA flags."""
+    isa = isa_flags(compiler)
+    cxx = (*shlex.split(compiler), *BASE_FLAGS)
+    extra = tuple(shlex.split(os.environ.get("CXXFLAGS", "")))
+    include = torch / "include"
+    torch_flags = (
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        # never read: it makes ninja rebuild when torch changes
+        f'-DPEFT_FAST_TORCH="{torch_version}"',
+        f"-I{csrc}",
+        f"-isystem{include}",
+        f"-isystem{include / 'torch' / 'csrc' / 'api' / 'include'}",
+    )
+    pybind = include if (include / "pybind11").is_dir() else (_package_dir("pybind11") or include) / "include"
+    module_flags = (f"-I{csrc}", f"-isystem{pybind}", f"-isystem{sysconfig.get_path('include')}")
+
+    def compile_step(source: Path, flags: tuple[str, ...]) -> Step:
+        name = source.relative_to(csrc).as_posix()
+        obj = name.removesuffix(".cpp").replace("/", "__") + ".o"
+        files = ("-MD", "-MF", f"{obj}.d", "-c", str(source), "-o", obj)
+        command = (*cxx, *flags, *isa.get(source.name, ()), *extra, *files)
+        return Step(obj, (str(source),), command, name, f"{obj}.d")
+
+    def link_step(output: str, objects: list[Step], flags: tuple[str, ...]) -> Step:
+        inputs = tuple(step.output for step in objects)
+        command = (*shlex.split(compiler), "-shared", *inputs, "-o", output, *extra, *flags)
+        return Step(output, inputs, command, output, None)
+
+    sources = sorted(csrc.rglob("*.cpp"), key=_link_order)
+    operators = [compile_step(s, torch_flags) for s in sources if s != csrc / MODULE_SOURCE]
+    libs = (f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10")
+    steps = [*operators, link_step(LIBRARY, operators, libs)] if operators else []
+    if _has_python_headers():
+        module = compile_step(csrc / MODULE_SOURCE, module_flags)
+        steps += [module, link_step(MODULE, [module], ())]
+    return steps, {name: " ".join(flags) for name, flags in isa.items()}
+
+
+def sources_hash(csrc: Path | None = None) -> str:
+    """Changes when a C++ source, a header or this file changes."""
+    csrc = csrc or csrc_dir()
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for path in sorted(p for p in csrc.rglob("*") if p.suffix in (".cpp", ".h", ".hpp", ".cu", ".cuh")):
+        digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def read_info(folder: Path = PACKAGE) -> dict:
+    """What the last build left in build_info.json; empty when there is none, or not a whole one."""
+    try:
+        info = json.loads((folder / INFO).read_text())
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(info, dict) and info.keys() >= {"ok", "reason", "do", "built", "python", "date"}
+    return info if whole else {}
+
+
+# ---- doing it
+
+
+def _ninja_text(steps: list[Step]) -> str:
+    def path(p: str) -> str:
+        return p.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    call = ["  command = $cmd", "  description = $label"]
+    lines = ["rule link", *call, "rule compile", *call, "  depfile = $depfile", "  deps = gcc"]
+    for step in steps:
+        rule = "compile" if step.depfile else "link"
+        lines += [f"build {path(step.output)}: {rule} {' '.join(map(path, step.inputs))}"]
+        lines += [f"  cmd = {shlex.join(step.command).replace('$', '$$')}", f"  label = {step.label}"]
+        lines += [f"  depfile = {step.depfile}"] if step.depfile else []
+    return "\n".join(lines) + "\n"
+
+
+def _run_ninja(ninja: str, steps: list[Step], build_dir: Path, jobs: int, log: Log) -> str:
+    (build_dir / "build.ninja").write_text(_ninja_text(steps))
+    # -k 0: a broken _C must not take the operators with it
+    command = [ninja, "-C", str(build_dir), "-j", str(jobs), "-k", "0"]
+    output = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            output.append(line)
+            if not line.startswith("ninja: Entering"):
+                log(line.rstrip())
+    if process.returncode == 0:
+        return ""
+    for target in (LIBRARY, MODULE):  # an old file of a target that failed must not be taken for a new one
+        left = subprocess.run([*command, "-n", target], capture_output=True, text=True)
+        if "no work to do" not in left.stdout:
+            (build_dir / target).unlink(missing_ok=True)
+    return "".join(output)
+
+
+def _run_plain(steps: list[Step], build_dir: Path, jobs: int, log: Log) -> str:
+    def run(step: Step) -> str:
+        if not all((build_dir / i).exists() for i in step.inputs):
+            return f"{step.label}: not linked, an object is missing\n"
+        done = subprocess.run(step.command, cwd=build_dir, text=True, capture_output=True)
+        log(step.label + ("" if done.returncode == 0 else "  FAILED\n" + done.stdout + done.stderr))
+        return "" if done.returncode == 0 else done.stdout + done.stderr
+
+    for step in steps:
+        (build_dir / step.output).unlink(missing_ok=True)
+    failed = ""
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for wave in ([s for s in steps if s.depfile], [s for s in steps if not s.depfile]):
+            failed += "".join(pool.map(run, wave))
+    return failed
+
+
+@contextlib.contextmanager
+def _locked(build_dir: Path):
+    """One build at a time in a folder."""
+    import fcntl  # not on Windows, where nothing is built
+
+    build_dir.mkdir(parents=True, exist_ok=True)
+    with open(build_dir / ".lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _place(source: Path, target: Path) -> None:
+    """Replace `target` in one step: a process that has the old file mapped keeps it."""
+    if target.is_file() and target.read_bytes() == source.read_bytes():
+        return
+    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copy2(source, fresh)
+    os.replace(fresh, target)
+
+
+def _utc(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _first_error(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines()]
+    wrong = re.compile(r"\berror\b|undefined reference|cannot find")
+    return next((line for line in lines if wrong.search(line)), lines[-1])
+
+
+def _build(out_dir: Path, build_dir: Path, jobs: int | None, clean: bool, info: dict, log: Log) -> None:
+    if not sys.platform.startswith("linux"):
+        raise CannotBuild("the C++ kernels build on Linux only", "nothing: the torch backend is used")
+    csrc, jobs = csrc_dir(), jobs or default_jobs()
+    torch, info["torch"] = find_torch()
+    info["compiler"], info["compiler_version"] = find_compiler()
+    ninja = find_ninja()
+    log(f"torch     {info['torch']}  ({torch})")
+    log(f"compiler  {info['compiler']}  ({info['compiler_version']})")
+    log(f"ninja     {ninja or 'not found: every file is compiled again'}")
+    with _locked(build_dir):
+        if clean:
+            for path in build_dir.glob("*"):
+                path.unlink() if path.name != ".lock" else None
+        steps, info["isa_flags"] = plan(info["compiler"], torch, info["torch"], csrc)
+        for name, flags in info["isa_flags"].items():
+            if flags == UNAVAILABLE and any(csrc.rglob(name)):
+                log(f"          {name}: this compiler or machine does not know the instruction set")
+        info["flags"] = " ".join((*BASE_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))))
+        info["sources_hash"] = sources_hash(csrc)
+        if ninja:
+            failed = _run_ninja(ninja, steps, build_dir, jobs, log)
+        else:
+            failed = _run_plain(steps, build_dir, jobs, log)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for name in (LIBRARY, MODULE):
+            if (build_dir / name).is_file():
+                _place(build_dir / name, out_dir / name)
+                info["built"].append(name)
+                info["date"] = _utc((build_dir / name).stat().st_mtime)
+    if failed:
+        raise CannotBuild(
+            f"the compiler failed: {_first_error(failed)}",
+            "run `python -m peft_fast build` to see its log",
+            machine=False,
+        )
+    if not _has_python_headers():
+        raise CannotBuild(
+            f"Python.h is missing in {sysconfig.get_path('include')}",
+            "install them (`apt-get install python3-dev`), then run `python -m peft_fast build`",
+        )
+
+
+def build(
+    out_dir: Path | str | None = None,
+    build_dir: Path | str | None = None,
+    jobs: int | None = None,
+    clean: bool = False,
+    log: Log = print,
+) -> dict:
+    """Compile, place the files in `out_dir` (default: the package) and return what build_info.json holds."""
+    out_dir = Path(out_dir or PACKAGE).resolve()
+    started = time.perf_counter()
+    info = {"ok": False, "machine": True, "reason": "", "do": "", "built": []}
+    info["python"] = platform.python_version()
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = build_dir or default_build_dir() or stack.enter_context(tempfile.TemporaryDirectory())
+            _build(out_dir, Path(folder).resolve(), jobs, clean, info, log)
+            info["ok"] = True
+        except CannotBuild as why:
+            info["reason"], info["do"], info["machine"] = why.reason, why.do, why.machine
+        except Exception as why:  # whatever it is, an install must not fail on it
+            info["reason"] = f"{type(why).__name__}: {why}"
+            info["do"] = "put that right, then run `python -m peft_fast build`"
+    info["seconds"] = round(time.perf_counter() - started, 1)
+    info.setdefault("date", _utc(time.time()))
+    if info["ok"]:
+        log(f"built     {', '.join(str(out_dir / name) for name in info['built'])}  ({info['seconds']} s)")
+    else:
+        log(f"not built: {info['reason']}\nwhat to do: {info['do']}")
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / INFO).write_text(json.dumps(info, indent=1) + "\n")
+    except OSError as why:
+        log(f"{out_dir / INFO} not written: {why}")
+    return info
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m peft_fast.build") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description="Compile the C++ kernels into the package.")
+    parser.add_argument("--clean", action="store_true", help="compile every file again")
+    parser.add_argument("--jobs", type=int, metavar="N", help="compilers at once (MAX_JOBS, else all cores)")
+    parser.add_argument("--if-possible", action="store_true", help="exit 0 on a machine that cannot build")
+    args = parser.parse_args(argv)
+    info = build(jobs=args.jobs, clean=args.clean)
+    return 0 if info["ok"] or (args.if_possible and info["machine"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Loads the compiled extension: torch operators (libpeft_fast.so) and the pybind11 module (peft_fast._C)."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import struct
+from pathlib import Path
+
+import torch
+
+from peft_fast import settings
+
+LIBRARY = Path(__file__).with_name("libpeft_fast.so")
+_reason = "not loaded yet"
+
+
+def _constant(function):
+    # torch.compiler.assume_constant_result without its import of dynamo: a traced graph takes the value as it is
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
+def load() -> bool:
+    """True once torch.ops.peft_fast holds the compiled operators; never raises, the cause is in reason()."""
+    return _load()
+
+
+@functools.cache
+def _load() -> bool:
+    global _reason
+    library = settings.get().library or LIBRARY
+    if not library.exists():
+        _reason = "the extension is not built; run `python -m peft_fast build`"
+        return False
+    try:
+        _check_whole(library)
+        torch.ops.load_library(str(library))
+        torch.ops.peft_fast.set_isa(settings.get().isa)
+    except (OSError, AttributeError, RuntimeError) as error:
+        _reason = f"{library.name} does not load ({str(error).splitlines()[0]}); run `python -m peft_fast build`"
+        return False
+    from peft_fast.backends.cpu import fakes
+
+    fakes.register()
+    _reason = ""
+    return True
+
+
+def _check_whole(path: Path) -> None:
+    """OSError for a 64-bit ELF file that is cut short: to load one ends the process with a bus error."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if len(head) == 64 and head.startswith(b"\x7fELF\x02"):
+        (table,), (size, count) = struct.unpack_from("<Q", head, 0x28), struct.unpack_from("<HH", head, 0x3A)
+        if path.stat().st_size < table + size * count:
+            raise OSError("the file is cut short")
+
+
+@_constant
+def reason() -> str:
+    """Why the compiled operators are missing, in a sentence; empty when they are loaded."""
+    load()
+    return _reason
+
+
+def set_isa(name: str) -> str:
+    """Chooses the instruction set of the CPU kernels ("auto" or one of settings.ISAS); returns the one now in use."""
+    load()
+    return torch.ops.peft_fast.set_isa(name)
+
+
+def isa() -> str:
+    """The instruction set the CPU kernels use now."""
+    return torch.ops.peft_fast.isa() if load() else "none"
+
+
+@functools.cache
+def capabilities() -> dict:
+    """What the processor has and how the extension was built, from peft_fast._C; empty when it is not built."""
+    spec = importlib.util.find_spec("peft_fast._C")
+    if spec is None:
+        return {}
+    try:
+        _check_whole(Path(spec.origin))
+        module = importlib.import_module("peft_fast._C")
+    except (ImportError, OSError):
+        return {}
+    return dict(module.capabilities())
