@@ -1,0 +1,1 @@
+"""The compiled C++ kernels of csrc/cpu."""

@@ -1,0 +1,1 @@
+"""Vendor GEMMs through ATen, on any device torch has."""
