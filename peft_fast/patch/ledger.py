@@ -1,0 +1,57 @@
+"""Counts of fast calls, and of calls handed back to PEFT by reason: per process and per layer."""
+
+from __future__ import annotations
+
+import collections
+import weakref
+from collections.abc import Iterable
+
+from torch import nn
+
+
+class Tally:
+    """Calls of one layer, or of the process: fast, and handed back by reason."""
+
+    __slots__ = ("fast", "handed_back")
+
+    def __init__(self) -> None:
+        self.fast = 0
+        self.handed_back: collections.Counter[str] = collections.Counter()
+
+    def add(self, other: Tally) -> None:
+        """Adds another tally's calls to this one."""
+        self.fast += other.fast
+        self.handed_back.update(other.handed_back)
+
+
+process = Tally()
+# weak: the ledger keeps no model alive, and adds nothing to a layer that a checkpoint could pick up
+_layers: weakref.WeakKeyDictionary[nn.Module, Tally] = weakref.WeakKeyDictionary()
+
+
+def count(layer: nn.Module, reason: str | None) -> None:
+    """Books one call of ``layer``: fast if there is no reason."""
+    tally = _layers.get(layer)
+    if tally is None:
+        tally = _layers[layer] = Tally()
+    if reason is None:
+        tally.fast += 1
+        process.fast += 1
+    else:
+        tally.handed_back[reason] += 1
+        process.handed_back[reason] += 1
+
+
+def total(layers: Iterable[nn.Module]) -> Tally:
+    """The sum over some layers."""
+    out = Tally()
+    for layer in layers:
+        if (tally := _layers.get(layer)) is not None:
+            out.add(tally)
+    return out
+
+
+def forget(layers: Iterable[nn.Module]) -> None:
+    """Drops the counts of some layers; the process keeps its own."""
+    for layer in layers:
+        _layers.pop(layer, None)

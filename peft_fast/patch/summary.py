@@ -1,0 +1,101 @@
+"""report(model): which LoRA layers are fast, which stay with PEFT and why, and how many calls each way."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from torch import nn
+
+from peft_fast import settings
+from peft_fast.errors import UnsupportedError, fail
+from peft_fast.patch import guard, ledger
+from peft_fast.patch.known import forward_known
+
+SHOWN = 3  # layer names printed for one reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Layers by name and calls by reason; print it, or read the fields."""
+
+    fast: tuple[str, ...]  # layers that take the fast path as they are now
+    slow: dict[str, str]  # layer -> why it stays with PEFT
+    fast_calls: int
+    handed_back: dict[str, int]  # reason -> calls given to PEFT's own forward
+
+    def __str__(self) -> str:
+        lines = []
+        if layers := len(self.fast) + len(self.slow):
+            lines.append(f"peft_fast: {len(self.fast)} of {layers} LoRA layers are fast")
+        names: dict[str, list[str]] = {}
+        for name, reason in self.slow.items():
+            names.setdefault(reason, []).append(name)
+        for reason, group in names.items():
+            more = f", and {len(group) - SHOWN} more" if len(group) > SHOWN else ""
+            lines.append(f"  {len(group)} with PEFT: {reason} ({', '.join(group[:SHOWN])}{more})")
+        if self.fast_calls or self.handed_back or not lines:
+            lines.append(self.calls())
+            lines += [f"  {n:,} times: {reason}" for reason, n in self.handed_back.items()]
+        return "\n".join(lines)
+
+    def calls(self) -> str:
+        """The calls in one line."""
+        slow = sum(self.handed_back.values())
+        return f"peft_fast: {self.fast_calls:,} fast calls, {slow:,} handed back to PEFT"
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> layer, for every LoRA layer of PEFT inside ``model``; imports nothing."""
+    if not isinstance(model, nn.Module):
+        fail(
+            UnsupportedError,
+            f"a {type(model).__name__}",
+            "a torch.nn.Module with PEFT LoRA layers inside",
+            "pass the model that get_peft_model or add_adapter returned",
+        )
+    layer = sys.modules.get("peft.tuners.lora.layer")
+    if layer is None:  # without it nobody can have made one
+        return {}
+    return {name: module for name, module in model.named_modules() if isinstance(module, layer.LoraLayer)}
+
+
+def report(model: nn.Module | None = None) -> Report:
+    """What is fast in ``model`` now, and its calls since accelerate(); without a model, the process's."""
+    if model is None:
+        return Report((), {}, ledger.process.fast, dict(ledger.process.handed_back))
+    layers = lora_layers(model)
+    if not layers:
+        fail(
+            UnsupportedError,
+            f"a {type(model).__name__} without a LoRA layer of PEFT",
+            "a model with PEFT LoRA adapters",
+            "call get_peft_model(model, LoraConfig(...)) or model.add_adapter(...) first",
+        )
+    reasons = {name: why_slow(layer) for name, layer in layers.items()}
+    calls = ledger.total(layers.values())
+    return Report(
+        tuple(name for name, reason in reasons.items() if not reason),
+        {name: reason for name, reason in reasons.items() if reason},
+        calls.fast,
+        dict(calls.handed_back),
+    )
+
+
+def why_slow(layer: nn.Module) -> str:
+    """Why a LoRA layer's next call goes to PEFT whatever its input; empty if it is fast."""
+    known, why = forward_known()
+    if not known:
+        return why
+    if guard.state.off:
+        return "switched off for the whole process by peft_fast.disable()"
+    if type(layer).forward is not guard.forward:
+        if issubclass(type(layer), guard.Linear) and guard.Linear.forward is not guard.forward:
+            return "not asked for: call peft_fast.accelerate(model)"
+        return f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__} has no fast path"
+    if not guard.wanted(layer):
+        return "not asked for: call peft_fast.accelerate(model)"
+    if settings.get().disable:
+        return "PEFT_FAST_DISABLE is set"
+    plan = guard.plan_of(layer)
+    return plan if isinstance(plan, str) else ""

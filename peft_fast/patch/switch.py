@@ -1,0 +1,135 @@
+"""accelerate, restore, enable, disable, disabled: put the guard on PEFT's class, mark layers, and undo both.
+
+The class attribute lora.Linear.forward is the one place of five tried that survives pickle, adapters added
+later, merging, hotswapping, DDP, FSDP2 and offload hooks. Whom it serves is a mark on the *base* layers:
+every later adapter wraps one of those, so it is served without anybody walking the model again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import threading
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from peft_fast import settings
+from peft_fast.errors import UnsupportedError, fail
+from peft_fast.patch import guard, ledger
+from peft_fast.patch.known import forward_known, require_peft
+from peft_fast.patch.summary import lora_layers, report
+
+_lock = threading.Lock()
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Makes the LoRA layers of ``model`` fast, present and future ones; the same object comes back.
+
+    Prints what is fast and what is not, and why (report(model) says it again later). Adapters, state dict,
+    saved files and repr stay PEFT's. Calling it twice changes nothing; restore(model) undoes it. A model
+    under torch.compile is to be accelerated before its first call: compiled code does not see it.
+    """
+    settings.get()  # a wrong variable must raise before anything is patched
+    require_peft()
+    if not lora_layers(model):
+        fail(
+            UnsupportedError,
+            f"a {type(model).__name__} without a LoRA layer of PEFT",
+            "a model with PEFT LoRA adapters",
+            "call get_peft_model(model, LoraConfig(...)) or model.add_adapter(...) first",
+        )
+    if _known():
+        _install()
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, guard.Conv1D)):
+                module.__dict__[guard.MARK] = True
+    if not settings.get().quiet and _first_rank():
+        print(report(model))
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undoes accelerate(model): PEFT's own forward and no mark left; the same object comes back.
+
+    The class attribute goes back once no accelerated model is left. Under enable() the model stays fast.
+    """
+    layers = lora_layers(model)
+    for module in model.modules():
+        module.__dict__.pop(guard.MARK, None)
+    ledger.forget(layers.values())
+    if not guard.state.everywhere and not _in_use():
+        _uninstall()
+    return model
+
+
+def enable() -> None:
+    """Makes every PEFT LoRA layer of this process fast, whichever model it is in, now or later."""
+    settings.get()  # a wrong variable must raise before anything is patched
+    require_peft()
+    if _known():
+        _install()
+        guard.state.everywhere = True
+
+
+def disable() -> None:
+    """Gives every layer of this process back to PEFT, accelerated models included.
+
+    enable() or the next accelerate() switches on again, then also models that were accelerated before.
+    """
+    guard.state.everywhere = False
+    guard.state.off = True
+    _uninstall()
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """PEFT's own forward inside the ``with`` block, in every thread; may be nested.
+
+    Keep a forward and its backward on the same side: checkpointing runs the forward again in backward.
+    """
+    with _lock:
+        guard.state.paused += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            guard.state.paused -= 1
+
+
+def _known() -> bool:
+    known, why = forward_known()
+    if not known:
+        _warn(why)
+    return known
+
+
+@functools.cache
+def _warn(why: str) -> None:
+    # cached: once a process for each cause, however many models are accelerated
+    warnings.warn(f"peft_fast leaves every layer to PEFT: {why}", stacklevel=4)
+
+
+def _install() -> None:
+    guard.Linear.forward = guard.forward
+    guard.state.off = False
+
+
+def _uninstall() -> None:
+    # another library may have wrapped the guard since: then it stays, and passes everything on
+    if guard.Linear is not None and guard.Linear.forward is guard.forward:
+        guard.Linear.forward = guard.stock_forward
+
+
+def _in_use() -> bool:
+    """Is a marked layer alive anywhere? Copies are marked but registered nowhere: only the collector knows them."""
+    gc.collect()
+    return any(isinstance(o, guard.Linear) and guard.marked(o) for o in gc.get_objects())
+
+
+def _first_rank() -> bool:
+    dist = torch.distributed
+    return not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
