@@ -1,0 +1,109 @@
+"""The report's charts as inline SVG: text and colours follow the page, so they read in light and dark."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+
+Series = tuple[str, Sequence[float], Sequence[float]]  # css class, xs, ys
+WIDE, HALF = 860, 480  # drawn at about their own size in one and in two columns
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers from at most ``low`` to at least ``high``, about ``count`` of them."""
+    span = (high - low) or abs(high) or 1.0
+    raw = span / count
+    step = 10.0 ** math.floor(math.log10(raw))
+    step *= next(m for m in (1, 2, 5, 10) if m * step >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+
+
+def lines(
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    label: str,
+    height: int = 330,
+    zero: bool = False,
+) -> str:
+    """Curves over one another; a css class ending in "raw" is drawn faint."""
+    xs = [x for _, values, _ in series for x in values]
+    ys = [y for _, _, values in series for y in values if math.isfinite(y)] or [0.0]
+    x_ticks, y_ticks = ticks(min(xs), max(xs), 6), ticks(0.0 if zero else min(ys), max(ys))
+    x0, x1, y0, y1 = min(xs), max(xs), y_ticks[0], y_ticks[-1]
+    left, right, top, bottom = 52, WIDE - 14, 26, height - 38
+
+    def px(x: float) -> float:
+        return left + (x - x0) / ((x1 - x0) or 1) * (right - left)
+
+    def py(y: float) -> float:
+        return bottom - (y - y0) / ((y1 - y0) or 1) * (bottom - top)
+
+    parts = []
+    for y in y_ticks:
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
+        parts.append(_text(left - 8, py(y) + 4, number(y), "end"))
+    parts += [_text(px(x), bottom + 18, number(x), "mid") for x in x_ticks if x0 <= x <= x1]
+    for css, values, heights in series:
+        known = [(x, y) for x, y in zip(values, heights, strict=True) if math.isfinite(y)]
+        points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in known)
+        parts.append(f'<polyline class="curve {css}" points="{points}"/>')
+    parts += [_text(right, height - 4, x_label, "end"), _text(2, 12, y_label)]
+    return _svg(parts, WIDE, height, label)
+
+
+def bars(rows: Sequence[tuple[str, str, float, str]], label: str, width: int = WIDE) -> str:
+    """Horizontal bars from 0: (name, css class, value, text beside the bar)."""
+    most = max((value for _, _, value, _ in rows), default=0.0) or 1.0
+    parts, y = [], 4
+    for name, css, value, text in rows:
+        long = max(value / most * (width - 230), 1)
+        parts.append(_text(82, y + 18, name, "end"))
+        parts.append(f'<rect class="{css}" x="92" y="{y}" width="{long:.1f}" height="26" rx="3"/>')
+        parts.append(_text(100 + long, y + 18, text, "strong"))
+        y += 34
+    return _svg(parts, width, y, label)
+
+
+def stacks(rows: Sequence[tuple[str, dict[str, float]]], unit: str, label: str) -> str:
+    """Stacked bars over one scale, with a legend; parts keep their order and their colour."""
+    most = max((sum(parts.values()) for _, parts in rows), default=0.0) or 1.0
+    names = [name for name in rows[0][1] if any(parts.get(name, 0) > most * 1e-3 for _, parts in rows)]
+    out, y = [], 4
+    for title, parts in rows:
+        x = 92.0
+        out.append(_text(82, y + 22, title, "end"))
+        for i, name in enumerate(names):
+            value = parts.get(name, 0.0)
+            long = value / most * (WIDE - 180)
+            box = f'<rect class="part{i}" x="{x:.1f}" y="{y}" width="{long:.1f}" height="34">'
+            out.append(f"{box}<title>{html.escape(f'{name}: {value:.1f} {unit}')}</title></rect>")
+            if long > 34:
+                out.append(_text(x + long / 2, y + 22, f"{value:.0f}", f"mid inside{i}"))
+            x += long
+        out.append(_text(x + 8, y + 22, f"{sum(parts.values()):.0f} {unit}", "strong"))
+        y += 46
+    x, y = 92, y + 8
+    for i, name in enumerate(names):
+        if x + 26 + 7 * len(name) > WIDE:
+            x, y = 92, y + 22
+        out.append(f'<rect class="part{i}" x="{x}" y="{y}" width="13" height="13" rx="2"/>')
+        out.append(_text(x + 19, y + 11, name))
+        x += 40 + int(7.2 * len(name))
+    return _svg(out, WIDE, y + 22, label)
+
+
+def _text(x: float, y: float, text: str, css: str = "") -> str:
+    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}">{html.escape(text)}</text>'
+
+
+def _svg(parts: Sequence[str], width: int, height: int, label: str) -> str:
+    css = "wide" if width == WIDE else "half"
+    head = f'<svg class="{css}" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">'
+    return head + "".join(parts) + "</svg>"
