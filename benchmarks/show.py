@@ -1,0 +1,123 @@
+"""What the user sees while a benchmark runs: rich tables and a progress bar, or plain lines without rich."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from . import machine
+
+COLUMNS = (
+    "", "ms", "IQR", "× baseline [95 %]", "CPU ×", "speed-up [95 %]", "saved MiB", "peak MiB", "error",
+)  # fmt: skip
+
+
+def cells(row: dict) -> list[list[str]]:
+    """A measured row of a document -> one list of cells per provider."""
+    out = []
+    for name, phases in row["providers"].items():
+        total = phases["total"]
+        size = row["bytes"][name]
+        match = row["match"].get(name)
+        out.append([
+            name, _phases(phases), f"{total['q1_ms']:.2f}–{total['q3_ms']:.2f}", interval(total.get("ratio")),
+            f"{total['cpu_ratio'][0]:.2f}" if "cpu_ratio" in total else "", interval(total.get("speedup")),
+            f"{size['saved'] / 2**20:.1f}", f"{size['peak'] / 2**20:.1f}",
+            "" if match is None else f"{match:.2f}",
+        ])  # fmt: skip
+    return out
+
+
+def interval(value: list[float] | None) -> str:
+    return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]" if value else ""
+
+
+def caption(row: dict) -> str:
+    """The row's title, its rounds and its A/A pair."""
+    aa = row["aa"]
+    verdict = "" if aa["ok"] else "  NOISY: the machine was not quiet, do not quote this row"
+    return f"{row['title']}   {row['rounds']} rounds   A/A {interval(aa['ratio'])}{verdict}"
+
+
+def _phases(phases: dict) -> str:
+    parts = [f"{f['ms']:.2f}" for phase, f in phases.items() if phase != "total"]
+    return f"{phases['total']['ms']:.2f}" + (f" ({' + '.join(parts)})" if len(parts) > 1 else "")
+
+
+class Plain:
+    """Lines on stdout; the same interface as Rich."""
+
+    def header(self, document: dict) -> None:
+        print(f"{document['bench']} · {machine.line(document['machine'])}", flush=True)
+        for key in ("load_average", "peft_fast"):
+            print(f"{key}: {document['machine'][key]}", flush=True)
+
+    @contextlib.contextmanager
+    def progress(self, cases: int) -> Iterator[Plain]:
+        yield self
+
+    def case(self, title: str) -> None:
+        print(f"… {title}", file=sys.stderr, flush=True)
+
+    def round(self, done: int, of: int) -> None:
+        pass
+
+    def refused(self, title: str, reason: str) -> None:
+        print(f"\n{title}\n{reason}", flush=True)
+
+    def row(self, row: dict) -> None:
+        if "providers" not in row:
+            matches = ", ".join(f"{name} {match:.2f}" for name, match in row["match"].items())
+            print(f"{row['title']}: error / allowed: {matches}", flush=True)
+            return
+        print("\n" + caption(row))
+        table = [list(COLUMNS), *cells(row)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
+        for line in table:
+            print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip(), flush=True)
+
+
+class Rich(Plain):
+    """Tables and a progress bar on a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console()
+
+    @contextlib.contextmanager
+    def progress(self, cases: int) -> Iterator[Rich]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=self.console, transient=True) as self.bar:
+            self.all = self.bar.add_task("cases", total=cases)
+            self.one = self.bar.add_task("")
+            yield self
+
+    def case(self, title: str) -> None:
+        self.bar.update(self.one, description=title, completed=0, total=None)
+
+    def round(self, done: int, of: int) -> None:
+        self.bar.update(self.one, completed=done, total=of)
+
+    def row(self, row: dict) -> None:
+        self.bar.advance(self.all)
+        if "providers" not in row:
+            super().row(row)
+            return
+        from rich.table import Table
+
+        table = Table(*COLUMNS, title=caption(row), title_justify="left", title_style="bold")
+        for line in cells(row):
+            table.add_row(*line, style="bold" if line[0].startswith("peft_fast") else "")
+        self.console.print(table)
+
+
+def best() -> Plain:
+    """Rich where it is installed and somebody is watching, plain lines otherwise."""
+    if sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            return Rich()
+    return Plain()

@@ -1,0 +1,123 @@
+"""README's tables, generated from the committed results, so that no figure in it was typed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from peft_fast.errors import DataError, fail
+
+from . import harness, machine
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = Path(__file__).resolve().parent / "results"
+TITLES = {
+    "full": "full fine-tuning",
+    "stock": "stock PEFT",
+    "stock bf16": "stock, bf16 adapters",
+    "addmm": "plain addmm Function",
+    "peft_fast": "**peft_fast**",
+    "peft_fast bf16": "**peft_fast**, bf16 adapters",
+}
+NONE = "_Nothing measured yet: `python -m peft_fast bench {bench} --json benchmarks/results/{bench}.json`._"
+
+
+def documents(folder: Path = RESULTS) -> list[dict]:
+    """Every full benchmark document in the folder, those inside GPU records included, by file name."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        record = harness.read(path)
+        found += record.get("runs", [record])
+    return [run for run in found if run["scale"] == "full" and run["rows"]]
+
+
+def train_step(runs: list[dict]) -> str:
+    """Rows: model, dtype, dropout. Figures: multiples of the frozen step, speed-up, saved MiB."""
+    return _section("train_step", runs, _train_head, _train_row)
+
+
+def lora_linear(runs: list[dict]) -> str:
+    """Rows: shape, dtype, threads, dropout. Figures: forward / backward, multiples of the frozen layer's."""
+    return _section("lora_linear", runs, _layer_head, _layer_row)
+
+
+def _section(bench: str, runs: list[dict], head: Callable, line: Callable) -> str:
+    parts = []
+    for run in (r for r in runs if r["bench"] == bench):
+        names = [n for n in TITLES if any(n in row.get("providers", {}) for row in run["rows"])]
+        header = head(names)
+        lines = [_cells(header), _cells(["---"] * len(header))]
+        lines += [_cells(line(row, names)) for row in run["rows"] if "providers" in row]
+        parts.append("\n".join([*lines, "", f"<sub>{machine.line(run['machine'])}.{_noise(run)}</sub>"]))
+    return "\n\n".join(parts) or NONE.format(bench=bench)
+
+
+def _train_head(names: list[str]) -> list[str]:
+    shown = [TITLES[n] for n in names]
+    return ["model", "dtype", "dropout", *shown, "speed-up over stock [95 %]", "saved MiB: stock → peft_fast"]
+
+
+def _train_row(row: dict, names: list[str]) -> list[str]:
+    s, providers = row["settings"], row["providers"]
+    speed = providers["peft_fast"]["total"]["speedup"]
+    saved = " → ".join(f"{row['bytes'][n]['saved'] / 2**20:.0f}" for n in ("stock", "peft_fast"))
+    ratios = [_bold(n, f"{providers[n]['total']['ratio'][0]:.2f}") if n in providers else "" for n in names]
+    label = s["model"] + ("" if row["aa"]["ok"] else " †")
+    speedup = f"**{speed[0]:.2f}×** [{speed[1]:.2f}, {speed[2]:.2f}]"
+    return [label, s["dtype"], f"{s['p']:g}", *ratios, speedup, saved]
+
+
+def _layer_head(names: list[str]) -> list[str]:
+    return ["M × K × N", "r", "dtype", "threads", "dropout", *(TITLES[n] for n in names)]
+
+
+def _layer_row(row: dict, names: list[str]) -> list[str]:
+    s, providers = row["settings"], row["providers"]
+    pairs = []
+    for n in names:
+        both = (providers[n][phase]["ratio"][0] for phase in ("forward", "backward") if n in providers)
+        pairs.append(_bold(n, " / ".join(f"{ratio:.2f}" for ratio in both)))
+    shape = f"{s['M']} × {s['K']} × {s['N']}" + ("" if row["aa"]["ok"] else " †")
+    return [shape, str(s["r"]), s["dtype"], str(s["threads"]), f"{s['p']:g}", *pairs]
+
+
+def _bold(name: str, text: str) -> str:
+    return f"**{text}**" if text and name.startswith("peft_fast") else text
+
+
+def _noise(run: dict) -> str:
+    if all(row["aa"]["ok"] for row in run["rows"] if "aa" in row):
+        return ""
+    return " † frozen against frozen was outside its own interval: the machine was not quiet."
+
+
+def _cells(row: list[str]) -> str:
+    return "| " + " | ".join(row) + " |"
+
+
+# marker name in README -> what stands between <!-- NAME:start --> and <!-- NAME:end -->
+SECTIONS = {"bench": train_step, "layer": lora_linear}
+
+
+def render(text: str, runs: list[dict]) -> str:
+    """README's text with every marked part rewritten."""
+    for name, section in SECTIONS.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        before, found, rest = text.partition(start)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            fail(DataError, f"a README without {start} … {end}", "both markers, in order", "put them back")
+        text = f"{before}{start}\n{section(runs)}\n{end}{after}"
+    return text
+
+
+def update(readme: Path = README, folder: Path = RESULTS, check: bool = False) -> bool:
+    """Rewrites the README (or only looks, with `check`); True when it was already in sync."""
+    if not readme.is_file():
+        fail(DataError, "no README.md beside benchmarks/", "a clone of the repository", "run it there")
+    old = readme.read_text()
+    new = render(old, documents(folder))
+    if new != old and not check:
+        readme.write_text(new)
+    return new == old

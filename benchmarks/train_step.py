@@ -1,0 +1,235 @@
+"""One fine-tuning step: forward, loss, backward, AdamW, on transformers classes with random weights."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import itertools
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from peft_fast.errors import fail
+
+from . import gate, machine
+from .criterion import Verdict
+from .harness import Case, GateError, Options, Provider
+from .lora_linear import DTYPES, accelerate, draw_adapters
+
+RANK = 16
+# a whole network's rounding error is a draw of the same lottery as stock's, not the same ticket
+NETWORK_SLACK = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network by its configuration; a cut vocabulary keeps the output head from hiding a few layers."""
+
+    family: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    batch: int
+    length: int
+
+
+MODELS = {
+    "bert-base-like": Model("bert", 768, 3072, 4, 12, 12, 8192, 4, 128),
+    "gpt2-like": Model("gpt2", 768, 3072, 4, 12, 12, 8192, 4, 128),
+    "llama-like": Model("llama", 1024, 2816, 4, 16, 8, 8192, 4, 128),
+}
+GPU_MODELS = {
+    "llama-3-8b-like": Model("llama", 4096, 14336, 4, 32, 8, 32768, 4, 2048),
+    "bert-base": Model("bert", 768, 3072, 12, 12, 12, 30522, 32, 512),
+}
+
+
+def names(device: str) -> tuple[str, ...]:
+    """What --model takes on this device."""
+    return tuple(MODELS if device == "cpu" else GPU_MODELS)
+
+
+def cases(options: Options) -> list[Case]:
+    """The cases for this device and scale."""
+    gpu = options.device != "cpu"
+    full = options.scale == "full"
+    threads = options.threads or (1 if gpu or options.scale == "tiny" else machine.cores(),)
+    dtypes = options.dtypes or (("bf16", "fp32") if full and not gpu else ("bf16",))
+    dropouts = options.dropouts or ((0.0, 0.05) if full else (0.05,))
+    rows = []
+    chosen = options.models or names(options.device)
+    for name, dtype, p, t in itertools.product(chosen, dtypes, dropouts, threads):
+        model = scaled({**MODELS, **GPU_MODELS}[name], options.scale)
+        settings = {"model": name, **dataclasses.asdict(model), "r": RANK, "dtype": dtype, "p": p}
+        title = f"{name} {model.batch}×{model.length} tokens r={RANK} {dtype} p={p:g} threads={t}"
+        build = partial(providers, model, dtype, p, torch.device(options.device))
+        rows.append(Case(title, settings, build, t, seconds=90.0 if full else 9.0))
+    return rows
+
+
+def scaled(model: Model, scale: str) -> Model:
+    """The model itself, with two layers when quick, a toy of its family when tiny."""
+    if scale == "quick":
+        return dataclasses.replace(model, layers=2)
+    if scale == "tiny":
+        return dataclasses.replace(
+            model, hidden=64, inner=128, layers=2, heads=4, kv_heads=2, vocab=96, batch=2, length=8
+        )
+    return model
+
+
+def network(m: Model) -> nn.Module:
+    """The transformers class with its own dropout off, so that losses of two runs can be compared."""
+    import transformers as tf
+
+    tf.logging.set_verbosity_error()  # notes on defaults of a network that is only measured
+    if m.family == "bert":
+        config = tf.BertConfig(
+            vocab_size=m.vocab, hidden_size=m.hidden, intermediate_size=m.inner, num_hidden_layers=m.layers,
+            num_attention_heads=m.heads, max_position_embeddings=max(512, m.length), hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        return tf.BertForSequenceClassification(config)
+    if m.family == "gpt2":
+        config = tf.GPT2Config(
+            vocab_size=m.vocab, n_embd=m.hidden, n_inner=m.inner, n_layer=m.layers, n_head=m.heads,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        return tf.GPT2LMHeadModel(config)
+    config = tf.LlamaConfig(
+        vocab_size=m.vocab, hidden_size=m.hidden, intermediate_size=m.inner, num_hidden_layers=m.layers,
+        num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, use_cache=False,
+    )  # fmt: skip
+    return tf.LlamaForCausalLM(config)
+
+
+def providers(m: Model, dtype_name: str, p: float, device: torch.device) -> list[Provider]:
+    """frozen, full fine-tuning, stock, peft_fast, with adapters in fp32 and in the dtype; nothing shared."""
+    dtype = DTYPES[dtype_name]
+    torch.manual_seed(0)
+    base = network(m).to(device, dtype).train()
+    ids = torch.randint(m.vocab, (m.batch, m.length), device=device)
+    batch = {"input_ids": ids, "labels": ids[:, 0] % 2 if m.family == "bert" else ids}
+    low = dtype != torch.float32
+    frozen = copy.deepcopy(base).requires_grad_(False)
+    frozen.enable_input_require_grads()  # so that dx flows through every layer, as it does in LoRA training
+    rows = [_provider("frozen", frozen, batch), _provider("full", copy.deepcopy(base), batch)]
+    stock = lora(base, m, p, fp32=True)
+    one = {k: v[:1] for k, v in batch.items()}
+
+    @functools.cache
+    def judges() -> tuple[dict, dict, dict]:
+        return one, results(copy.deepcopy(stock).double(), one), results(stock, one)
+
+    rows += [_provider("stock", stock, batch)]
+    rows += [_provider(f"stock {dtype_name}", lora(base, m, p, fp32=False), batch)] if low else []
+    for fp32 in (True, False) if low else (True,):
+        fast = lora(base, m, p, fp32)
+        accelerate(fast)
+        name = "peft_fast" if fp32 else f"peft_fast {dtype_name}"
+        rows.append(_provider(name, fast, batch, partial(verdicts, fast, judges, dtype)))
+    return rows
+
+
+def lora(base: nn.Module, m: Model, p: float, fp32: bool) -> nn.Module:
+    """A copy of `base` with LoRA on every linear layer; `fp32` is PEFT's default dtype for adapters."""
+    from peft import LoraConfig, get_peft_model
+
+    task = "SEQ_CLS" if m.family == "bert" else "CAUSAL_LM"
+    config = LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, lora_dropout=p, target_modules="all-linear", task_type=task,
+        fan_in_fan_out=m.family == "gpt2",
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers, not the user's
+        model = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=fp32).train()
+    draw_adapters(model)
+    return model
+
+
+def _provider(name: str, model: nn.Module, batch: dict, gate: Callable | None = None) -> Provider:
+    """One step in three phases; `update` is AdamW on what trains, and forgetting the gradients."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
+    state = {}
+
+    def forward() -> None:
+        state["loss"] = model(**batch).loss
+
+    def backward() -> None:
+        state.pop("loss").backward()
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    phases = {"forward": forward, "backward": backward, **({"update": update} if trained else {})}
+    return Provider(name, phases, [*model.parameters(), *model.buffers()], gate)
+
+
+def results(model: nn.Module, batch: dict) -> dict[str, Tensor]:
+    """loss (), logits, and all adapter gradients in one vector; dropout off, the model's state as it was."""
+    was = model.training
+    model.eval()
+    out = model(**batch)
+    named = [(n, p) for n, p in model.named_parameters() if "lora_" in n]
+    grads = torch.autograd.grad(out.loss, [p for _, p in named])
+    model.train(was)
+    return {
+        "loss": out.loss.detach(),
+        "logits": out.logits.detach(),
+        "gradients": torch.cat([g.flatten().float() for g in grads]),
+    }
+
+
+def verdicts(model: nn.Module, judges: Callable, dtype: torch.dtype) -> dict[str, Verdict]:
+    """Every kind of layer by the criterion with its dropout; then loss, logits and gradients of one sequence,
+
+    dropout off, against `judges()`: the sequence, its float64 results and stock's.
+    """
+    found = layer_verdicts(model, dtype)
+    one, exact, stock = judges()
+    ours = results(model, one)
+    eps = torch.finfo(dtype).eps
+    for name in ("logits", "gradients"):
+        e, e0 = (_relative(r[name], exact[name]) for r in (ours, stock))
+        allowed = NETWORK_SLACK * e0 + eps / 4
+        reason = f"error {e:.2e} is above {allowed:.2e} (stock {e0:.2e})"
+        found[name] = Verdict(e <= allowed, reason, rms=e, rms_stock=e0, rms_allowed=allowed)
+    # a loss is one number: its error may be zero by luck, so stock's logits say what is rounding
+    e = _relative(ours["loss"], exact["loss"])
+    allowed = NETWORK_SLACK * _relative(stock["logits"], exact["logits"]) + eps
+    found["loss"] = Verdict(e <= allowed, f"error {e:.2e} is above {allowed:.2e}", rms=e, rms_allowed=allowed)
+    return found
+
+
+def layer_verdicts(model: nn.Module, dtype: torch.dtype) -> dict[str, Verdict]:
+    """Each distinct (class, K, N) among the LoRA layers, on 64 tokens, with the dropout it trains with."""
+    found = {}
+    for layer in model.modules():
+        if not hasattr(layer, "lora_A") or not layer.lora_A:
+            continue
+        (name,) = layer.active_adapters
+        K, N = layer.lora_A[name].weight.shape[1], layer.lora_B[name].weight.shape[0]
+        kind = f"{type(layer.base_layer).__name__} {K}→{N}"
+        if f"{kind} y" not in found:
+            generator = torch.Generator().manual_seed(K + N)
+            device = layer.base_layer.weight.device
+            x = torch.randn(64, K, generator=generator).to(device, dtype)
+            g = torch.randn(64, N, generator=generator).to(device, dtype)
+            checks = gate.check_layer(layer, x, g, gate.our_mask, fast=True)
+            found |= {f"{kind} {out}": v for out, v in checks.items()}
+    if not found:
+        fail(GateError, "a model without a LoRA layer", "layers to accelerate", "check target_modules")
+    return found
+
+
+def _relative(out: Tensor, truth: Tensor) -> float:
+    return ((out.double() - truth.double()).norm() / truth.double().norm()).item()
