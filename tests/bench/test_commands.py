@@ -1,0 +1,178 @@
+"""`bench` and `gpu.sh` as a user calls them, with toy sizes: what they write, print, refuse and return."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from peft_fast.benchmarks import harness, lora_linear, table, train_step
+from peft_fast.cli import app, bench
+from peft_fast.errors import DeviceError, SettingsError, UnsupportedError
+
+EVERYONE = {"frozen", "full", "stock", "stock bf16", "peft_fast", "peft_fast bf16"}
+
+
+@pytest.mark.parametrize("name", ["lora_linear", "train_step"])
+def test_a_tiny_run_writes_a_document_and_a_picture(name, tmp_path, capsys):
+    result, picture = tmp_path / "out.json", tmp_path / "out.png"
+    args = [name, "--tiny", "--dropout", "0.05", "--json", str(result), "--plot", str(picture)]
+    assert bench.app([*args, "--threads", "1", "--repeats", "2"]) == 0
+    document = harness.read(result)
+    assert document["bench"] == name and document["scale"] == "tiny" and not document["refused"]
+    for row in document["rows"]:
+        assert set(row["providers"]) >= EVERYONE and row["rounds"] == 2
+        assert {"stock", "peft_fast", "peft_fast bf16"} & set(row["match"])
+        assert max(row["match"].values()) <= 1
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "A/A" in out and f"wrote {result}" in out
+    assert getattr(table, name)([document]).count("\n| ") == 1 + len(document["rows"])
+
+
+def test_dropout_saves_fewer_bytes_than_stock(tmp_path):
+    result = tmp_path / "out.json"
+    bench.app(["lora_linear", "--tiny", "--dropout", "0.1", "--repeats", "1", "--json", str(result)])
+    (row,) = harness.read(result)["rows"]
+    saved = {name: size["saved"] for name, size in row["bytes"].items()}
+    assert saved["frozen"] == 0 < saved["peft_fast"] < saved["stock bf16"] < saved["stock"]
+
+
+@pytest.mark.parametrize("name", ["lora_linear", "train_step"])
+def test_gate_only(name, capsys):
+    args = [name, "--tiny", "--gate-only", "--dtype", "fp32", "--dropout", "0,0.1"]
+    assert bench.app([*args, *(["--model", "gpt2-like"] if name == "train_step" else [])]) == 0
+    assert "error / allowed: " in capsys.readouterr().out
+
+
+def test_a_refused_provider_is_exit_status_one(monkeypatch, capsys):
+    def wrong(layer, w, A, B):
+        return real(layer, w._replace(scaling=w.scaling * 1.01), A, B)
+
+    real = lora_linear.peers.addmm
+    monkeypatch.setattr(lora_linear.peers, "addmm", wrong)
+    assert bench.app(["lora_linear", "--tiny", "--dropout", "0"]) == 1
+    out = capsys.readouterr().out
+    assert "provider 'addmm'" in out and "A/A" not in out
+
+
+def test_a_model_that_is_not_fast_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(train_step, "accelerate", lambda model: None)
+    assert bench.app(["train_step", "--tiny", "--model", "llama-like", "--dtype", "fp32"]) == 1
+    assert "the layer ran PEFT's forward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "args, error, words",
+    [
+        (["lora_liner"], UnsupportedError, "did you mean lora_linear?"),
+        (["nonsense"], UnsupportedError, "lora_linear, train_step, table"),
+        (["train_step", "--model", "bert"], UnsupportedError, "bert-base-like, gpt2-like, llama-like"),
+        (["lora_linear", "--dtype", "bf61"], UnsupportedError, "did you mean bf16?"),
+        (["lora_linear", "--dropout", "1"], SettingsError, "from 0 to below 1"),
+        (["lora_linear", "--dropout", "half"], SettingsError, "--dropout half"),
+        (["lora_linear", "--threads", "0"], SettingsError, "whole numbers from 1"),
+        (["lora_linear", "--repeats", "-1"], SettingsError, "--repeats -1"),
+        (["lora_linear", "--device", "tpu"], DeviceError, "--device tpu"),
+        (["lora_linear", "--json", "."], SettingsError, "a folder"),
+    ],
+)
+def test_bad_input(args, error, words):
+    with pytest.raises(error) as caught:
+        bench.app(args)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["given", "needed", "do"] and words in str(caught.value)
+
+
+def test_the_command_line_prints_the_three_lines(capsys):
+    assert app.main(["bench", "nonsense"]) == 1
+    assert capsys.readouterr().err.startswith("given: benchmark 'nonsense'\nneeded: ")
+
+
+def test_without_matplotlib_there_is_a_note_instead_of_a_picture(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    bench._plot({"rows": []}, tmp_path / "x.png")
+    assert "matplotlib is not installed" in capsys.readouterr().out
+
+
+def test_deadline(capsys):
+    assert bench.app(["lora_linear", "--tiny", "--minutes", "0.0001"]) == 0
+    assert "not measured: square" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("scale", ["full", "quick", "tiny"])
+@pytest.mark.parametrize("module", [lora_linear, train_step])
+def test_case_lists(module, scale, device):
+    options = harness.Options(scale=scale, device=device)
+    cases = module.cases(options)
+    assert len({case.title for case in cases}) == len(cases) > 0
+    assert {case.settings["model"] for case in cases} <= set(module.names(device))
+    for name in module.names(device):
+        assert module.cases(harness.Options(scale=scale, device=device, models=(name,)))
+
+
+def test_the_sizes_that_were_promised():
+    full = harness.Options()
+    for case in train_step.cases(full):
+        s = case.settings
+        assert s["hidden"] >= 768 and s["batch"] * s["length"] >= 512
+    assert {c.settings["p"] for c in train_step.cases(full)} == {0.0, 0.05}
+    squares = [c.settings for c in lora_linear.cases(full) if c.settings["model"] == "square"]
+    assert {(s["M"], s["K"], s["N"], s["r"]) for s in squares} == {(2048, 2048, 2048, 16)}
+    assert {s["r"] for c in lora_linear.cases(full) for s in [c.settings]} == {8, 16, 64}
+
+
+@pytest.mark.parametrize("family", sorted(train_step.MODELS))
+def test_models_are_the_classes_they_say(family):
+    model = train_step.network(train_step.scaled(train_step.MODELS[family], "tiny"))
+    wanted = {"bert-base-like": "Bert", "gpt2-like": "GPT2", "llama-like": "Llama"}[family]
+    assert type(model).__name__.startswith(wanted)
+
+
+def test_gpu_script_dry_run(tmp_path, root):
+    environment = {**os.environ, "PEFT_FAST_GPU_DRY_RUN": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", str(root / "benchmarks" / "gpu.sh")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = tmp_path.glob("dry-run-*.json")
+    record = harness.read(path)
+    assert [step["name"] for step in record["steps"]] == [
+        "build",
+        "doctor",
+        "gate",
+        "lora_linear",
+        "train_step",
+    ]
+    assert [run["bench"] for run in record["runs"]] == ["lora_linear", "train_step"]
+    assert all(run["rows"] for run in record["runs"])
+    assert path.with_suffix(".log").stat().st_size > 1000 and len(list(tmp_path.glob("*.png"))) == 2
+    assert str(root) not in path.read_text()
+
+
+def test_gpu_script_without_a_gpu_says_so(tmp_path):
+    gpu = importlib.import_module("peft_fast.benchmarks.gpu")
+    with pytest.raises(DeviceError, match="PEFT_FAST_GPU_DRY_RUN"):
+        gpu.main(["--out", str(tmp_path / "nothing")])
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_gpu_step_that_runs_out_of_time_is_ended_and_recorded(tmp_path):
+    gpu = importlib.import_module("peft_fast.benchmarks.gpu")
+    with (tmp_path / "log").open("w") as log:
+        step = gpu._run("slow", ["-c", "import time; print('here', flush=True); time.sleep(60)"], 1.0, log)
+    assert step["rc"] == 124 and step["seconds"] < 20 and "here" in (tmp_path / "log").read_text()
+
+
+def test_gpu_record_is_named_after_the_card_and_the_day():
+    gpu = importlib.import_module("peft_fast.benchmarks.gpu")
+    header = {"gpu": {"name": "NVIDIA H200"}, "date": "2026-01-31 10:00 UTC"}
+    assert gpu.name(header, dry_run=False) == "nvidia-h200-2026-01-31"
+    assert json.dumps(gpu.name(header, dry_run=True)) == '"dry-run-2026-01-31"'

@@ -1,0 +1,209 @@
+"""The table of awkward inputs of lora_linear: a new option is a new row here, not a new test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Dtypes of base, x and adapters, and autocast's around the call; the GEMMs run in `compute`."""
+
+    base: torch.dtype
+    x: torch.dtype
+    adapter: torch.dtype
+    autocast: torch.dtype | None = None
+
+    @property
+    def compute(self) -> torch.dtype:
+        return self.autocast or self.x
+
+    @property
+    def mixed(self) -> bool:
+        """True where adapters have more bits than the activations they are computed with."""
+        return self.adapter != self.compute
+
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DTYPES = {
+    "f32": Dtypes(F32, F32, F32),
+    "bf16": Dtypes(BF16, BF16, BF16),
+    "f16": Dtypes(F16, F16, F16),
+    "bf16_f32_adapters": Dtypes(BF16, BF16, F32),
+    "f16_f32_adapters": Dtypes(F16, F16, F32),
+    "bf16_f32_adapters_autocast": Dtypes(BF16, BF16, F32, BF16),
+    "bf16_f32_adapters_f32_x_autocast": Dtypes(BF16, F32, F32, BF16),
+    "f32_autocast": Dtypes(F32, F32, F32, BF16),
+    "f32_bf16_x_autocast": Dtypes(F32, BF16, F32, BF16),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes, options and memory of one call; `layout` names a kind of view for x, W, bias, A, B, b, g."""
+
+    name: str
+    lead: tuple[int, ...] = (37,)
+    K: int = 48
+    N: int = 40
+    ranks: tuple[int, ...] = (8,)
+    p: tuple[float, ...] = (0.0,)
+    scaling: tuple[float, ...] = (2.0,)
+    tensor_scaling: bool = False
+    bias: bool = False
+    adapter_bias: bool = False
+    transposed: bool = False
+    base_trains: bool = False
+    positive: bool = False  # all values of one sign, so that a bias in the rounding adds up
+    layout: dict[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def M(self) -> int:
+        return torch.Size(self.lead).numel()
+
+
+def _sizes() -> list[Case]:
+    tokens = [Case(f"tokens_{m}", lead=(m,)) for m in (1, 2, 7, 31, 67, 131)]
+    ranks = [Case(f"rank_{r}", lead=(29,), K=72, N=56, ranks=(r,)) for r in (1, 2, 3, 16, 17, 64, 256)]
+    ragged = [
+        Case(f"ragged_{K}x{N}", lead=(19,), K=K, N=N, ranks=(5,), bias=True)
+        for K, N in ((1, 1), (3, 130), (127, 33), (257, 65), (65, 259), (520, 17))
+    ]
+    wide = [Case("wider_than_a_tile", lead=(261,), K=515, N=389, ranks=(17,), bias=True, p=(0.1,))]
+    # K in several passes, W in several chunks, and ranks that share tiles while tokens come in several blocks
+    large = [
+        Case("k_in_passes", lead=(37,), K=2500, N=72, ranks=(4,), p=(0.1,)),
+        Case("w_in_chunks", lead=(14,), K=1030, N=2090, ranks=(3,), bias=True),
+        *[Case(f"rank_{r}_many_tokens", lead=(530,), K=40, N=70, ranks=(r,)) for r in (33, 48, 80)],
+        Case("ranks_many_tokens", lead=(530,), K=70, N=40, ranks=(16, 32), p=(0.0, 0.0), scaling=(0.5, 3.0)),
+    ]
+    leading = [
+        Case("leading_0", lead=(), bias=True, p=(0.25,)),
+        Case("leading_2", lead=(3, 11), bias=True, p=(0.25,)),
+        Case("leading_3", lead=(2, 3, 5), bias=True, p=(0.25,)),
+    ]
+    return tokens + ranks + ragged + wide + large + leading
+
+
+def _options() -> list[Case]:
+    dropouts = [Case(f"dropout_{p}", lead=(41,), K=50, ranks=(4,), p=(p,)) for p in (0.05, 0.5, 0.9, 1.0)]
+    return [
+        Case("bias", bias=True),
+        Case("adapter_bias", adapter_bias=True),
+        Case("both_biases", bias=True, adapter_bias=True, p=(0.3,)),
+        Case("base_trains", bias=True, base_trains=True, p=(0.3,)),
+        Case("conv1d", transposed=True, bias=True, p=(0.1,)),
+        Case("conv1d_base_trains", transposed=True, bias=True, base_trains=True),
+        Case("no_adapter", ranks=(), p=(), scaling=(), bias=True),
+        Case("tensor_scaling", tensor_scaling=True, p=(0.2,)),
+        Case("positive", lead=(131,), positive=True, p=(0.1,), bias=True),
+        Case("scaling_zero", scaling=(0.0,)),
+        Case("scaling_negative", scaling=(-0.37,)),
+        Case("two_adapters", ranks=(3, 16), p=(0.0, 0.0), scaling=(0.5, 3.0)),
+        Case(
+            "three_adapters",
+            ranks=(2, 17, 8),
+            p=(0.5, 0.0, 0.05),
+            scaling=(0.5, -1.25, 3.0),
+            bias=True,
+            adapter_bias=True,
+        ),
+        *dropouts,
+    ]
+
+
+def _layouts() -> list[Case]:
+    base = Case("", lead=(23,), K=40, N=56, bias=True, p=(0.2,))
+    plain = replace(base, p=(0.0,))
+    each = [
+        replace(base, name=f"{tensor}_{kind}", layout={tensor: kind})
+        for tensor, kinds in {
+            "x": ("columns", "rows", "transposed", "offset", "every_other"),
+            "W": ("columns", "transposed", "offset", "every_other"),
+            "A": ("columns", "transposed", "offset"),
+            "B": ("columns", "transposed", "offset"),
+            "g": ("columns", "transposed", "every_other", "expanded"),
+            "bias": ("every_other",),
+        }.items()
+        for kind in kinds
+    ]
+    return each + [
+        replace(plain, name="x_expanded", lead=(5, 7), layout={"x": "expanded"}),
+        replace(plain, name="x_columns_undropped", layout={"x": "columns", "g": "columns"}),
+        replace(base, name="x_permuted", lead=(3, 5, 7), layout={"x": "permuted", "g": "permuted"}),
+        replace(base, name="conv1d_W_columns", transposed=True, layout={"W": "columns"}),
+        replace(base, name="conv1d_W_transposed", transposed=True, layout={"W": "transposed"}),
+        replace(
+            base,
+            name="everything_awkward",
+            lead=(3, 13),
+            adapter_bias=True,
+            layout={
+                "x": "permuted",
+                "W": "columns",
+                "A": "transposed",
+                "B": "columns",
+                "g": "permuted",
+                "b": "offset",
+            },
+        ),
+    ]
+
+
+SIZES, OPTIONS, LAYOUTS = _sizes(), _options(), _layouts()
+CASES = SIZES + OPTIONS + LAYOUTS
+EMPTY = [
+    Case("empty_1d_batch", lead=(0,), bias=True, p=(0.5,)),
+    Case("empty_inner", lead=(3, 0), adapter_bias=True, base_trains=True, bias=True),
+    Case("empty_outer", lead=(0, 4, 2), transposed=True, bias=True),
+]
+# situations other than the three that every case runs in see one plain, one dropped and one crowded case
+CORNERS = [
+    c for c in CASES if c.name in ("bias", "dropout_0.5", "three_adapters", "conv1d", "wider_than_a_tile", "rank_1")
+]
+EVERYWHERE = ("f32", "bf16", "bf16_f32_adapters")
+
+
+def rows() -> list[tuple[Case, str]]:
+    """(case, dtypes' name) in an order that keeps one problem's backends together."""
+    return [(c, d) for d in EVERYWHERE for c in CASES] + [
+        (c, d) for d in DTYPES if d not in EVERYWHERE for c in CORNERS
+    ]
+
+
+def place(values: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """values -> (a view that holds them in layout `kind`, the wider buffer it lies in, NaN all around)."""
+    shape = values.shape
+    if kind == "expanded":
+        buffer = values[..., :1].clone() if values.dim() == 1 else values[:1].clone()
+        return buffer.expand(shape), buffer
+    if kind == "transposed":
+        view, buffer = _inside(values.mT.contiguous(), 0)
+        return view.mT, buffer
+    if kind == "permuted":
+        order = [*reversed(range(values.dim() - 1)), values.dim() - 1]
+        view, buffer = _inside(values.permute(order).contiguous(), 0)
+        return view.permute([order.index(i) for i in range(values.dim())]), buffer
+    if kind == "columns":
+        buffer = torch.full((*shape[:-1], shape[-1] + 9), torch.nan, dtype=values.dtype)
+        view = buffer[..., 5 : 5 + shape[-1]]
+    elif kind == "rows":
+        buffer = torch.full((2 * shape[0] + 1, *shape[1:]), torch.nan, dtype=values.dtype)
+        view = buffer[1::2]
+    elif kind == "every_other":
+        buffer = torch.full((*shape[:-1], 2 * shape[-1] + 1), torch.nan, dtype=values.dtype)
+        view = buffer[..., 1::2]
+    else:
+        return _inside(values, 1 if kind == "offset" else 0)
+    view.copy_(values)
+    return view, buffer
+
+
+def _inside(values: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+    # 64 elements keep the plain case as aligned as a fresh allocation; one more misaligns it for every vector
+    buffer = torch.full((values.numel() + 128 + offset,), torch.nan, dtype=values.dtype)
+    view = buffer[64 + offset : 64 + offset + values.numel()].view(values.shape)
+    view.copy_(values)
+    return view, buffer

@@ -1,0 +1,147 @@
+"""What is refused, by which exception, and in three lines: given, needed, do."""
+
+import pytest
+import torch
+
+from peft_fast import native, settings
+from peft_fast.errors import DeviceError, DtypeError, PeftFastError, SettingsError, ShapeError
+from peft_fast.ops import Adapter, draw_seed, dropout_mask, lora_linear
+
+K, N, R = 8, 6, 2
+X, W = torch.ones(3, K), torch.ones(N, K)
+A, B = torch.ones(R, K), torch.ones(N, R)
+GOOD = Adapter(A, B)
+
+
+def adapter(**changes):
+    return {"adapters": [GOOD._replace(**changes)]}
+
+
+BAD = {
+    "x without dimensions": (ShapeError, {"x": torch.tensor(1.0)}),
+    "x of another K": (ShapeError, {"x": torch.ones(3, K + 1)}),
+    "x of K = 0": (ShapeError, {"x": torch.ones(3, 0)}),
+    "W of another K": (ShapeError, {"W": torch.ones(N, K - 1)}),
+    "W transposed by mistake": (ShapeError, {"W": W.t()}),
+    "W of one dimension": (ShapeError, {"W": torch.ones(K)}),
+    "W of three dimensions": (ShapeError, {"W": torch.ones(2, N, K)}),
+    "Conv1D flag by mistake": (ShapeError, {"transposed": True}),
+    "bias of another N": (ShapeError, {"bias": torch.ones(N + 1)}),
+    "bias of two dimensions": (ShapeError, {"bias": torch.ones(1, N)}),
+    "A of another K": (ShapeError, adapter(A=torch.ones(R, K + 1))),
+    "A of one dimension": (ShapeError, adapter(A=torch.ones(K))),
+    "B of another N": (ShapeError, adapter(B=torch.ones(N + 1, R))),
+    "B of another r": (ShapeError, adapter(B=torch.ones(N, R + 1))),
+    "r = 0": (ShapeError, adapter(A=torch.ones(0, K), B=torch.ones(N, 0))),
+    "r beyond the limit": (ShapeError, adapter(A=torch.ones(5000, K), B=torch.ones(N, 5000))),
+    "adapter bias of another N": (ShapeError, adapter(bias=torch.ones(N - 1))),
+    "scaling of one dimension": (ShapeError, adapter(scaling=torch.ones(2))),
+    "second adapter wrong": (ShapeError, {"adapters": [GOOD, GOOD._replace(A=torch.ones(R, 3))]}),
+    "integer x": (DtypeError, {"x": X.long()}),
+    "complex x": (DtypeError, {"x": X.to(torch.complex64)}),
+    "float8 x": (DtypeError, {"x": X.to(torch.float8_e4m3fn)}),
+    "W of another dtype": (DtypeError, {"W": W.to(torch.bfloat16)}),
+    "integer W": (DtypeError, {"W": W.to(torch.int8)}),
+    "float64 x on float32 W": (DtypeError, {"x": X.double()}),
+    "A and B of two dtypes": (DtypeError, adapter(A=A.to(torch.bfloat16))),
+    "integer adapter": (DtypeError, adapter(A=A.int(), B=B.int())),
+    "integer bias": (DtypeError, {"bias": torch.ones(N, dtype=torch.int32)}),
+    "W elsewhere": (DeviceError, {"W": W.to("meta")}),
+    "A elsewhere": (DeviceError, adapter(A=A.to("meta"))),
+    "bias elsewhere": (DeviceError, {"bias": torch.ones(N, device="meta")}),
+    "adapter bias elsewhere": (DeviceError, adapter(bias=torch.ones(N, device="meta"))),
+    "p below 0": (SettingsError, adapter(p=-0.1)),
+    "p above 1": (SettingsError, adapter(p=1.1)),
+    "p not a number": (SettingsError, adapter(p=float("nan"))),
+    "backend of no such name": (SettingsError, {"backend": "gpu"}),
+    "plan of no such name": (SettingsError, {"plan": "fastest"}),
+    "cpu backend for float16": (
+        SettingsError,
+        {"x": X.half(), "W": W.half(), "adapters": [Adapter(A.half(), B.half())], "backend": "cpu"},
+    ),
+}
+
+
+def three_lines(error):
+    lines = str(error.value).splitlines()
+    assert isinstance(error.value, PeftFastError)
+    assert [line.partition(":")[0] for line in lines] == ["given", "needed", "do"], lines
+    assert all(line.partition(":")[2].strip() for line in lines)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused(name):
+    kind, changes = BAD[name]
+    arguments = {"x": X, "W": W, "adapters": [GOOD], **changes}
+    state = torch.get_rng_state()
+    with pytest.raises(kind) as error:
+        lora_linear(arguments.pop("x"), arguments.pop("W"), arguments.pop("bias", None), **arguments)
+    three_lines(error)
+    assert torch.equal(torch.get_rng_state(), state), "a refused call draws nothing"
+
+
+def test_autocast_does_not_turn_integers_into_activations():
+    with pytest.raises(DtypeError) as error, torch.autocast("cpu", dtype=torch.bfloat16):
+        lora_linear(X.long(), W, None, [GOOD])
+    three_lines(error)
+
+
+@pytest.mark.parametrize("p", [-0.5, 1.5, float("nan")])
+def test_mask_of_a_bad_p(p):
+    with pytest.raises(SettingsError) as error:
+        dropout_mask(draw_seed(1)[0], 3, 4, p)
+    three_lines(error)
+
+
+@pytest.mark.parametrize(("field", "value"), [("backend", "gpu"), ("isa", "sse"), ("pack_mb", -2)])
+def test_bad_settings(field, value):
+    with pytest.raises(SettingsError) as error, settings.override(**{field: value}):
+        pass
+    three_lines(error)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [{"PEFT_FAST_BACKEND": "gpu"}, {"PEFT_FAST_PACK_MB": "many"}, {"PEFT_FAST_EXACT": "maybe"}],
+    ids=str,
+)
+def test_bad_environment(env):
+    with pytest.raises(SettingsError) as error:
+        settings.from_env(env)
+    three_lines(error)
+    assert next(iter(env)) in str(error.value)
+
+
+def test_a_backend_of_the_settings_that_cannot_serve_falls_back():
+    with settings.override(backend="cpu"):
+        y = lora_linear(X.half(), W.half(), None, [Adapter(A.half(), B.half())])
+    assert torch.equal(y, torch.full((3, N), 24.0, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("odd", [torch.float64, torch.float16])
+@pytest.mark.parametrize("where", ["adapters", "bias"])
+def test_dtypes_the_kernels_lack_take_another_backend(odd, where):
+    x, W = torch.randn(5, 8), torch.randn(6, 8)
+    A, B, bias = torch.randn(2, 8), torch.randn(6, 2), torch.randn(6)
+    y = lora_linear(
+        x,
+        W,
+        bias.to(odd) if where == "bias" else bias,
+        [Adapter(A.to(odd), B.to(odd)) if where == "adapters" else Adapter(A, B)],
+    )
+    torch.testing.assert_close(y, x @ W.T + bias + x @ A.T @ B.T, rtol=1e-2, atol=1e-2)
+
+
+def test_operators_called_directly_check_their_shapes():
+    if not native.load():
+        pytest.skip(native.reason())
+    x, W, A, B = torch.randn(5, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    rest = (A, B, None, [2], [1.0], [0.0], False)
+    with pytest.raises(RuntimeError, match="a bias of another length"):
+        torch.ops.peft_fast.lora_linear(x, W, torch.randn(2), *rest)
+    with pytest.raises(RuntimeError, match="shapes that do not fit"):
+        torch.ops.peft_fast.lora_linear(x, W[:, :4], None, *rest)
+    H = torch.randn(5, 2)
+    for bad in ((x[:, :4], W, A, B, H), (x, W, A[:1], B, H), (x, W, A, B[:3], H), (x, W, A, B, H[:2])):
+        with pytest.raises(RuntimeError, match="tensors that do not fit the forward"):
+            torch.ops.peft_fast.lora_linear_backward(torch.randn(5, 6), *bad, *rest[2:], [True] * 5, False)

@@ -1,0 +1,80 @@
+"""Every live backend, every row of the table: no less accurate than PEFT, inputs untouched."""
+
+import pytest
+import torch
+
+from tests import numerics
+from tests.cases import CASES, CORNERS, DTYPES, EMPTY, rows
+
+ROWS = rows()
+PROVIDERS = numerics.providers()
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(("case", "dtypes"), ROWS, ids=[f"{d}-{c.name}" for c, d in ROWS])
+def test_no_less_accurate_than_peft(provider, case, dtypes):
+    if refusal := numerics.takes(provider, DTYPES[dtypes]):
+        pytest.skip(refusal)
+    assert not numerics.failures(numerics.default_verdicts(provider, case, dtypes))
+
+
+MIXED = [(c, d) for d in DTYPES if DTYPES[d].mixed and not DTYPES[d].autocast for c in CORNERS]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(("case", "dtypes"), MIXED, ids=[f"{d}-{c.name}" for c, d in MIXED])
+def test_exact_keeps_the_float32_arithmetic_of_peft(provider, case, dtypes):
+    if refusal := numerics.takes(provider, DTYPES[dtypes], exact=True):
+        pytest.skip(refusal)
+    with provider.active():
+        found = numerics.verdicts(provider, case, dtypes, round_adapters=False, exact=True)
+    assert not numerics.failures(found)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("case", EMPTY, ids=lambda c: c.name)
+def test_no_tokens(provider, case, dtypes):
+    if refusal := numerics.takes(provider, DTYPES[dtypes]):
+        pytest.skip(refusal)
+    p = numerics.problem(case, DTYPES[dtypes])
+    with provider.active():
+        out = numerics.ours(p, provider)
+    assert out["y"].shape == (*case.lead, case.N)
+    for name, t in p.tensors.items():
+        if t.requires_grad:
+            assert numerics.same_bits(out[f"d{name}"], torch.zeros_like(t)), f"d{name} of no tokens is zero"
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_float64_is_the_reference(provider):
+    case = numerics.by_name("three_adapters")
+    dtypes = type(DTYPES["f32"])(*[torch.float64] * 3)
+    if refusal := numerics.takes(provider, dtypes):
+        pytest.skip(refusal)
+    p = numerics.problem(case, dtypes)
+    out, exact = numerics.ours(p, provider), numerics.truth(p)
+    for name, value in exact.items():
+        torch.testing.assert_close(out[name], value, rtol=1e-12, atol=1e-12)
+
+
+def test_the_table_names_each_case_once():
+    assert len({c.name for c in CASES}) == len(CASES)
+
+
+def test_memory_is_poisoned():
+    assert torch.empty(3).isnan().all() and torch.empty(3, dtype=torch.bfloat16).isnan().all()
+    assert torch.zeros(2).new_empty(2, 2).isnan().all() and torch.empty_strided((3,), (1,)).isnan().all()
+
+
+def test_what_the_default_gives_up_beside_float32_adapters():
+    """README's Exactness: the documented choice costs accuracy of dA and dB, exact=True does not."""
+    problem = numerics.problem(numerics.by_name("rank_16"), DTYPES["bf16_f32_adapters"])
+    stock, exact = numerics.stock(problem), numerics.truth(problem)
+
+    def error(found):
+        return (found["dA0"].double() - exact["dA0"]).square().mean().sqrt()
+
+    torch_backend = numerics.Provider("torch")
+    assert error(numerics.ours(problem, torch_backend)) > 10 * error(stock)
+    assert error(numerics.ours(problem, torch_backend, exact=True)) < 1.05 * error(stock) + 1e-6
