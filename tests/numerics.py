@@ -19,13 +19,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.criterion import Verdict, check
+from benchmarks.criterion import ENOUGH, Verdict, check
 from peft_fast import dispatch, native, settings
 from peft_fast.ops import Adapter, draw_seed, dropout_mask, lora_linear
 from peft_fast.reference import lora_linear as reference
 from tests.cases import CASES, DTYPES, Case, Dtypes, place
 
-ENOUGH = 2048  # elements: the rms of that many roundings is known to 2 %
 MOST_DRAWS = 32
 Tensors = dict[str, torch.Tensor]
 
@@ -215,10 +214,14 @@ def truth(problem: Problem, round_adapters: bool = False) -> Tensors:
     )
 
 
+def roundings(case: Case) -> int:
+    """Elements of the smallest of y, dx, dA, dB and of H and D, on whose roundings the others hang."""
+    return max(1, min([case.M * case.N, case.M * case.K, *(r * min(case.K, case.N, case.M) for r in case.ranks)]))
+
+
 def draws(case: Case) -> int:
     """How often a case is drawn so that its smallest output fills the statistics."""
-    smallest = min([case.M * case.N, case.M * case.K, *(r * min(case.K, case.N) for r in case.ranks)])
-    return min(MOST_DRAWS, -(-ENOUGH // max(smallest, 1)))
+    return min(MOST_DRAWS, -(-ENOUGH // roundings(case)))
 
 
 @lru_cache(maxsize=4)
@@ -233,7 +236,7 @@ def answers(case: Case, dtypes: str, round_adapters: bool) -> tuple[list[Problem
 
 
 def judge(
-    outs: list[Tensors], stocks: list[Tensors], truths: list[Tensors], dtype: torch.dtype | None = None
+    case: Case, outs: list[Tensors], stocks: list[Tensors], truths: list[Tensors], dtype: torch.dtype | None = None
 ) -> dict[str, Verdict]:
     """One verdict for each output and gradient, over all draws together."""
     assert set(outs[0]) == set(truths[0]) == set(stocks[0])
@@ -241,7 +244,8 @@ def judge(
     def pooled(many: list[Tensors], name: str) -> torch.Tensor:
         return torch.cat([one[name].reshape(-1) for one in many])
 
-    return {n: check(pooled(outs, n), pooled(stocks, n), pooled(truths, n), dtype) for n in outs[0]}
+    known = roundings(case) * len(outs)
+    return {n: check(pooled(outs, n), pooled(stocks, n), pooled(truths, n), dtype, known) for n in outs[0]}
 
 
 def verdicts(
@@ -257,7 +261,7 @@ def verdicts(
             if t.requires_grad:
                 assert out[f"d{name}"].dtype == t.dtype and out[f"d{name}"].shape == t.shape, f"d{name}"
     # gradients of rounded adapters are float32 sums of rounded products: the products' precision counts
-    return judge(outs, stocks, truths, DTYPES[dtypes].compute if round_adapters else None)
+    return judge(case, outs, stocks, truths, DTYPES[dtypes].compute if round_adapters else None)
 
 
 def default_verdicts(provider: Provider, case: Case, dtypes: str) -> dict[str, Verdict]:
