@@ -189,6 +189,23 @@ inline void copy_rows(const char* in, int64_t row, int64_t count, char* out) {
   }
 }
 
+#if defined(__AVX512BW__)
+// the same for bfloat16: two rows of WIDTH elements -> WIDTH pairs
+template <int WIDTH>
+inline void pair_rows(const uint16_t* in, int64_t row, int64_t pairs, uint32_t* out) {
+  for (; pairs > 0; --pairs, in += 2 * row, out += WIDTH) {
+    prefetch_next(in + WIDTH, WIDTH * 2);
+    prefetch_next(in + row + WIDTH, WIDTH * 2);
+#pragma GCC unroll 2
+    for (int j = 0; j < WIDTH; j += 16) {
+      const __m512i lo = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(in + j)));
+      const __m512i hi = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(in + row + j)));
+      _mm512_storeu_si512(out + j, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+    }
+  }
+}
+#endif
+
 constexpr int PANEL_K = 256;  // rows of a B operand staged at a time
 
 // panel layout: float32 [k][width]; bfloat16 [k/2][width][2], or with TILES [k/32][width/16][16][16][2]
@@ -233,7 +250,16 @@ void panel(const Source& s, int64_t k0, int64_t k, int64_t j0, int64_t n, int wi
           copy_row(s, k0 + kk + i, j0 + g, gn, (To*)to + i * group);
         }
       } else {
-        for (int64_t i = 0; i < kn; i += 2) {
+        int64_t i = 0;
+#if defined(__AVX512BW__)
+        if (plain && !s.mask && gn == group && (gn == 32 || gn == 16)) {
+          const uint16_t* in = (const uint16_t*)s.data + (k0 + kk) * s.row + j0 + g;
+          if (gn == 32) pair_rows<32>(in, s.row, kn / 2, to);
+          else pair_rows<16>(in, s.row, kn / 2, to);
+          i = kn / 2 * 2;
+        }
+#endif
+        for (; i < kn; i += 2) {
           const int64_t row = k0 + kk + i, col = j0 + g;
           if (plain && i + 1 < kn) {
             const uint16_t* a = (const uint16_t*)s.data + row * s.row + col;
