@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from peft_fast import native, settings
+from peft_fast.backends import cuda, triton
+from peft_fast.backends.triton import tuning
 from peft_fast.errors import SettingsError, fail
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
-PLANS = ("accumulate", "augmented")
-_names = settings.BACKENDS[1:]  # all but "auto"
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# plans of each backend, the one it is picked with first
+BACKEND_PLANS = {
+    "cuda": cuda.PLANS,
+    "triton": ("accumulate", "fused"),
+    "cpu": ("accumulate",),
+    "torch": ("accumulate", "augmented"),
+    "reference": ("accumulate",),
+}
+PLANS = tuple(dict.fromkeys(plan for plans in BACKEND_PLANS.values() for plan in plans))
+# backends that are modules peft_fast.backends.<name>
+COMPILED = ("torch", "cpu", "triton", "cuda")
 
 
 class Choice(NamedTuple):
@@ -31,34 +44,52 @@ def pick(
     exact: bool = False,
     backend: str | None = None,
     plan: str | None = None,
+    dropout: bool = False,
 ) -> Choice:
-    """x (..., K) computed in ``dtype``, W, others = (bias, A, B, …) -> Choice.
+    """x (..., K) computed in ``dtype``, W, others = (bias, A, …) -> Choice.
 
     A named backend or plan is taken as is, or refused with SettingsError.
     """
     name = backend or settings.get().backend
-    if name == "auto":
-        refusal = cpu_refuses(x, dtype, W, others, exact)
-        name = "torch" if refusal else "cpu"
-        why = refusal or "compiled CPU kernels take this dtype"
-    elif name not in _names:
-        fail(
-            SettingsError, f"backend={name!r}", "one of " + ", ".join(_names), "leave backend out to let dispatch pick"
-        )
-    else:
-        why = "asked for by name"
-        if name == "cpu" and (refusal := cpu_refuses(x, dtype, W, others, exact)):
-            if backend:
-                fail(
-                    SettingsError,
-                    "backend='cpu'",
-                    f"tensors it takes: {refusal}",
-                    "leave backend out, or use backend='torch'",
-                )
-            name, why = "torch", refusal
     if plan is not None and plan not in PLANS:
         fail(SettingsError, f"plan={plan!r}", "one of " + ", ".join(PLANS), "leave plan out to let dispatch pick")
-    return Choice(name, plan or "accumulate", why)
+    if name == "auto":
+        name = "triton" if x.device.type == "cuda" else "cpu"
+        refusal = _refuses(name, x, dtype, W, others, exact, plan)
+        if refusal:
+            name, why = "torch", refusal
+        else:
+            why = "Triton kernels run on this GPU" if name == "triton" else "compiled CPU kernels take this dtype"
+    elif name not in BACKEND_PLANS:
+        need = "one of " + ", ".join(BACKEND_PLANS)
+        fail(SettingsError, f"backend={name!r}", need, "leave backend out to let dispatch pick")
+    else:
+        why = "asked for by name"
+        if refusal := _refuses(name, x, dtype, W, others, exact, plan):
+            if backend:
+                need, do = f"tensors it takes: {refusal}", "leave backend out, or use backend='torch'"
+                fail(SettingsError, f"backend={backend!r}", need, do)
+            name, why = "torch", refusal
+    if plan is None:
+        plan = _tuned_plan(x, dtype, W, others, dropout) if name == "triton" else "accumulate"
+    elif plan not in BACKEND_PLANS[name]:
+        need = f"a plan of the backend that takes these tensors, {name}: " + ", ".join(BACKEND_PLANS[name])
+        fail(SettingsError, f"plan={plan!r}", need, "leave plan out to let dispatch pick")
+    return Choice(name, plan, why)
+
+
+def must_be_exact(dtype: torch.dtype, adapters: Iterable[torch.Tensor]) -> bool:
+    """Would adapters lose more than rounding in ``dtype``? Float16 ends at 6e-8, and s·g·B of a young B lies below."""
+    return dtype == torch.float16 and any(t.dtype == torch.float32 for t in adapters)
+
+
+def _refuses(name, x, dtype, W, others, exact, plan):
+    """Why this backend does not take the call; empty when it does."""
+    if plan is not None and plan not in BACKEND_PLANS[name]:
+        return f"it has no plan {plan!r}"
+    if name in _refusals:
+        return _refusals[name](x, dtype, W, others, exact)
+    return ""
 
 
 def cpu_refuses(
@@ -77,11 +108,66 @@ def cpu_refuses(
     return native.reason()
 
 
+def triton_refuses(
+    x: torch.Tensor, dtype: torch.dtype, W: torch.Tensor, others: Iterable[torch.Tensor] = (), exact: bool = False
+) -> str:
+    """Why the Triton kernels do not take these tensors; empty when they do."""
+    return _gpu_dtypes(dtype, W, others, exact) or triton.refuses_device(x.device)
+
+
+def cuda_refuses(
+    x: torch.Tensor, dtype: torch.dtype, W: torch.Tensor, others: Iterable[torch.Tensor] = (), exact: bool = False
+) -> str:
+    """Why the compiled CUDA kernels do not take these tensors; empty when they do."""
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type}, and the CUDA kernels are for NVIDIA GPUs"
+    return _gpu_dtypes(dtype, W, others, exact) or cuda.device_reason(x.device.index or 0)
+
+
+def _gpu_dtypes(dtype, W, others, exact):
+    for tensor_dtype in (dtype, W.dtype, *[t.dtype for t in others]):
+        if tensor_dtype not in GPU_DTYPES:
+            return f"the GPU kernels have no {str(tensor_dtype).removeprefix('torch.')}"
+    if exact and dtype != torch.float32 and any(t.dtype == torch.float32 for t in others):
+        return "exact=True keeps PEFT's float32 arithmetic, which plain torch runs"
+    return ""
+
+
+_refusals = {"cpu": cpu_refuses, "triton": triton_refuses, "cuda": cuda_refuses}
+
+
+def _tuned_plan(x, dtype, W, others, dropout):
+    K = x.shape[-1]
+    N = W.shape[0] if W.shape[1] == K else W.shape[1]
+    R = sum(t.shape[0] for t in others if t.dim() == 2)
+    return tuning.plan(N, K, R, dropout, dtype, x.device.index or 0)
+
+
 def backends() -> list[tuple[str, bool, str]]:
-    """(name, live, why not or what it is) for each backend, in the order they are tried."""
-    reason = native.reason()
+    """(name, live, why not or what it is) for each backend, in the order they are tried; cuda is taken by name only."""
+    cpu, compiled, gpu = native.reason(), cuda.device_reason(0), triton.device_reason(0)
+    if gpu and triton.interpreting():
+        gpu = ""
     return [
-        ("cpu", not reason, reason or f"compiled C++ kernels, {native.isa()}"),
+        ("triton", not gpu, gpu or "Triton kernels, NVIDIA and AMD GPUs"),
+        ("cuda", not compiled, compiled or "compiled CUDA kernels, taken by name"),
+        ("cpu", not cpu, cpu or f"compiled C++ kernels, {native.isa()}"),
         ("torch", True, "vendor GEMMs through torch, any device"),
         ("reference", True, "the definition, plain PyTorch"),
     ]
+
+
+def failures() -> list[str]:
+    """Kernels that were chosen and then failed on this machine, so that torch runs their calls: a sentence each."""
+    return [why for module in _gpu_modules() for why in module.failures()]
+
+
+def fallbacks() -> int:
+    """How many calls torch ran so far because a kernel failed: whoever times calls must know whose time it is."""
+    return sum(module.fallbacks() for module in _gpu_modules())
+
+
+def _gpu_modules():
+    # not imported here: they import this package's ops
+    found = (sys.modules.get(f"peft_fast.backends.{name}.lora_linear") for name in ("triton", "cuda"))
+    return [module for module in found if hasattr(module, "fallbacks")]

@@ -2,7 +2,7 @@
 
 | variable | field | default | meaning |
 |---|---|---|---|
-| PEFT_FAST_BACKEND | backend | auto | auto, reference, torch or cpu |
+| PEFT_FAST_BACKEND | backend | auto | auto, reference, torch, cpu, triton or cuda |
 | PEFT_FAST_ISA | isa | auto | auto, portable, avx2, avx512, avx512_bf16 or amx: the most a CPU kernel may use |
 | PEFT_FAST_PACK_MB | pack_mb | -1 | memory for prepacked frozen weights; 0 = never, -1 = what pays on the ISA |
 | PEFT_FAST_EXACT | exact | 0 | 1: adapters of a patched model are computed in their own dtype, as PEFT does |
@@ -18,12 +18,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 from peft_fast.errors import SettingsError, fail
 
-BACKENDS = ("auto", "reference", "torch", "cpu")
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 ISAS = ("auto", "portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
@@ -97,6 +97,20 @@ def from_env(env: Mapping[str, str]) -> Settings:
     }
     names = {field: "PEFT_FAST_" + ("CACHE" if field == "cache_dir" else field.upper()) for field in kinds}
     return Settings(**{field: kind(env[names[field]]) for field, kind in kinds.items() if env.get(names[field])})
+
+
+def set_aside(env: MutableMapping[str, str] = os.environ) -> list[str]:
+    """Drops the variables that hold no valid value, for doctor, which looks at all else -> what to do, one each."""
+    wrong = []
+    while True:
+        try:
+            from_env(env)
+            return wrong
+        except SettingsError as error:
+            _, need, do = str(error).splitlines()
+            name = next(name for name in env if name.startswith("PEFT_FAST_") and name in do)
+            value = env.pop(name)
+            wrong.append(f"{name}={value!r} is not valid, {need}: every command but this one refuses it; {do[4:]}")
 
 
 _current: Settings | None = None

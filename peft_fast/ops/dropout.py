@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from peft_fast import native
+from peft_fast.backends import triton
 from peft_fast.errors import SettingsError, fail
 from peft_fast.reference import dropout as reference
 
@@ -16,6 +17,8 @@ def draw_seed(n: int, device: torch.device | str | None = None) -> torch.Tensor:
 
 def native_mask(device: torch.device) -> bool:
     """Is the mask drawn by a kernel there? Else by the definition, which costs more than PEFT's saved mask."""
+    if device.type == "cuda":
+        return not triton.refuses_device(device)
     return device.type == "cpu" and native.load()
 
 
@@ -24,6 +27,8 @@ def dropout_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
     if not 0 <= p <= 1:
         fail(SettingsError, f"p={p}", "a dropout probability from 0 to 1", "pass the p of the dropout module")
     if native_mask(seed.device):
+        if seed.device.type == "cuda":
+            return torch.ops.peft_fast.triton_dropout_mask(seed, M, K, p)
         return torch.ops.peft_fast.dropout_mask(seed, M, K, p)
     return reference.keep_mask(seed, M, K, p)
 

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from peft_fast import dispatch
-from peft_fast.errors import DeviceError, DtypeError, SettingsError, ShapeError, fail
+from peft_fast.ops.checks import FLOATS, check, check_kinds
 from peft_fast.ops.dropout import draw_seed, dropout_mask
+from peft_fast.ops.spec import Spec
 from peft_fast.reference import lora_linear as reference
 
-MAX_RANK = 1024
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _calls = 0
 
 
@@ -27,19 +26,6 @@ class Adapter(NamedTuple):
     scaling: float | Tensor = 1.0  # a float or a 0-d tensor
     p: float = 0.0  # dropout probability in effect: 0 in eval mode
     bias: Tensor | None = None  # (N,), B's bias, scaled with the adapter
-
-
-class Spec(NamedTuple):
-    """What the kernels need beside tensors: adapter i owns ranks[i] rows of A and columns of B."""
-
-    ranks: list[int]
-    scalings: list[float]
-    ps: list[float]
-    dx_dtype: torch.dtype  # of x as the caller gave it, before autocast
-    transposed: bool
-    exact: bool
-    backend: str
-    plan: str
 
 
 def fast_calls() -> int:
@@ -61,21 +47,24 @@ def lora_linear(
     """x (..., K), W (N, K) or (K, N) if ``transposed``, bias (N,) -> y (..., N) in x's dtype (autocast's, if on).
 
     Adapters may be float32 beside bfloat16 or float16 x: the low-rank products then accumulate in float32 and
-    round to x's dtype, gradients come in the adapters' dtype; ``exact`` keeps float32 for them throughout.
+    round to x's dtype, gradients come in the adapters' dtype; ``exact`` keeps float32 for them throughout, and is
+    implied by float16 x outside autocast, whose range is too small for s·g·B.
     The result owns its storage. Raises ShapeError, DtypeError, DeviceError or SettingsError (all PeftFastError).
     Source: Hu et al., "LoRA" (arXiv 2106.09685), eq. 3, and PEFT's lora.Linear.forward for dropout and order.
     """
     global _calls
+    check_kinds(x, W, bias, adapters)
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype in FLOATS[1:]:
-        dtype = torch.get_autocast_dtype(device_type)
-    else:
-        dtype = x.dtype
-    _check(x, dtype, W, bias, adapters, transposed)
+    autocast = torch.is_autocast_enabled(device_type) and x.dtype in FLOATS[1:]
+    dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+    check(x, dtype, W, bias, adapters, transposed)
+    exact = exact or (not autocast and dispatch.must_be_exact(dtype, [a.A for a in adapters]))
     adapters = [_tensor_scaling(a) if isinstance(a.scaling, Tensor) else a for a in adapters]
     others = [t for a in adapters for t in (a.A, a.bias) if t is not None]
-    name, plan, _ = dispatch.pick(x, dtype, W, others if bias is None else [bias, *others], exact, backend, plan)
-    seed = draw_seed(len(adapters), x.device) if any(a.p > 0 for a in adapters) else None
+    others = others if bias is None else [bias, *others]
+    dropout = any(a.p > 0 for a in adapters)
+    name, plan, _ = dispatch.pick(x, dtype, W, others, exact, backend, plan, dropout)
+    seed = draw_seed(len(adapters), x.device) if dropout else None
     y = _run(name, plan, x, dtype, W, bias, adapters, seed, transposed, exact)
     if not torch.compiler.is_compiling():
         _calls += 1
@@ -138,7 +127,8 @@ def _backend(name):
     return _backends[name]
 
 
-_backends = {name: importlib.import_module(f"peft_fast.backends.{name}.lora_linear") for name in ("torch", "cpu")}
+# these modules import neither Triton nor CUDA before their first call
+_backends = {name: importlib.import_module(f"peft_fast.backends.{name}.lora_linear") for name in dispatch.COMPILED}
 
 
 def _masks(x, seed, ps):
@@ -156,7 +146,8 @@ def _reference(x, W, bias, adapters, seed, transposed):
             for a in adapters
         ]
         bias = None if bias is None else bias.to(wide)
-        return reference.forward(x.to(wide), W.to(wide), bias, adapters, masks, transposed).to(x.dtype)
+        W = W.to(x.dtype).to(wide)  # a float32 weight under autocast is a rounded one
+        return reference.forward(x.to(wide), W, bias, adapters, masks, transposed).to(x.dtype)
 
 
 def _differentiable_backward(g, inputs, needs, seed, spec):
@@ -183,67 +174,3 @@ def _merge_bias(bias, adapters):
             scaled = adapter.bias.to(torch.promote_types(adapter.bias.dtype, torch.float32)) * adapter.scaling
             bias = scaled if bias is None else bias + scaled
     return bias
-
-
-def _check(x, dtype, W, bias, adapters, transposed):
-    if x.dtype not in FLOATS:
-        fail(DtypeError, f"x of {x.dtype}", "float64, float32, bfloat16 or float16", "convert x with x.to(...)")
-    if x.dim() == 0 or W.dim() != 2:
-        fail(
-            ShapeError,
-            f"x {tuple(x.shape)}, W {tuple(W.shape)}",
-            "x (..., K) and a 2-d W",
-            "see lora_linear's docstring",
-        )
-    K, N = W.shape if transposed else W.shape[::-1]
-    if x.shape[-1] != K:
-        fail(
-            ShapeError,
-            f"x {tuple(x.shape)} with W {tuple(W.shape)}, transposed={transposed}",
-            f"x (..., K) with K = {K}",
-            "check the layer's in_features, or pass transposed=True for a (K, N) weight",
-        )
-    if bias is not None and bias.shape != (N,):
-        fail(ShapeError, f"bias {tuple(bias.shape)}", f"({N},)", "pass the bias of the same layer as W")
-    tensors = [("W", W)] if bias is None else [("W", W), ("bias", bias)]
-    for a in adapters:
-        if a.A.dim() != 2 or a.B.dim() != 2 or a.A.shape[1] != K or a.B.shape != (N, a.A.shape[0]):
-            fail(
-                ShapeError,
-                f"A {tuple(a.A.shape)}, B {tuple(a.B.shape)}",
-                f"A (r, {K}) and B ({N}, r)",
-                "check that the adapter belongs to this layer",
-            )
-        if not 0 < a.A.shape[0] <= MAX_RANK:
-            fail(ShapeError, f"r = {a.A.shape[0]}", f"a rank from 1 to {MAX_RANK}", "leave an empty adapter out")
-        if a.A.dtype != a.B.dtype or a.A.dtype not in FLOATS:
-            fail(DtypeError, f"A {a.A.dtype}, B {a.B.dtype}", "one float dtype for both", "cast the adapter")
-        if not 0 <= a.p <= 1:
-            fail(SettingsError, f"p={a.p}", "a dropout probability from 0 to 1", "pass the p of the dropout module")
-        if a.bias is not None and a.bias.shape != (N,):
-            fail(ShapeError, f"adapter bias {tuple(a.bias.shape)}", f"({N},)", "pass lora_B's own bias")
-        if isinstance(a.scaling, Tensor) and a.scaling.dim():
-            fail(
-                ShapeError,
-                f"scaling {tuple(a.scaling.shape)}",
-                "a float or a 0-d tensor",
-                "pass one scaling per adapter",
-            )
-        tensors += [("A", a.A), ("B", a.B)] if a.bias is None else [("A", a.A), ("B", a.B), ("adapter bias", a.bias)]
-    for label, tensor in tensors:
-        if tensor.dtype not in FLOATS:
-            fail(DtypeError, f"{label} of {tensor.dtype}", "float64, float32, bfloat16 or float16", f"convert {label}")
-        if tensor.device != x.device:
-            fail(
-                DeviceError,
-                f"x on {x.device}, {label} on {tensor.device}",
-                "one device",
-                f"move {label} with .to(x.device)",
-            )
-    if W.dtype != dtype and (W.dtype != torch.float32 or dtype == torch.float64):
-        fail(
-            DtypeError,
-            f"x {x.dtype}, W {W.dtype}",
-            "the same dtype, or a float32 W under autocast",
-            "cast x, or run under torch.autocast",
-        )

@@ -16,8 +16,8 @@ from torch.nn.modules import module as nn_module
 
 from peft_fast import settings
 from peft_fast.ops import Adapter, lora_linear
+from peft_fast.ops.checks import FLOATS, MAX_RANK
 from peft_fast.ops.dropout import native_mask
-from peft_fast.ops.lora_linear import FLOATS, MAX_RANK
 from peft_fast.patch import ledger
 
 # True in the __dict__ of every base layer of an accelerated model: a plain value, so it pickles anywhere

@@ -7,7 +7,7 @@ import sys
 
 from torch import nn
 
-from peft_fast import settings
+from peft_fast import dispatch, settings
 from peft_fast.errors import UnsupportedError, fail
 from peft_fast.patch import guard, ledger
 from peft_fast.patch.known import forward_known
@@ -23,17 +23,15 @@ class Report:
     slow: dict[str, str]  # layer -> why it stays with PEFT
     fast_calls: int
     handed_back: dict[str, int]  # reason -> calls given to PEFT's own forward
+    plain: dict[str, str] = dataclasses.field(default_factory=dict)  # fast layer -> why no compiled kernel runs it
+    failures: tuple[str, ...] = ()  # kernels that failed on this machine, whose calls torch runs
 
     def __str__(self) -> str:
         lines = []
         if layers := len(self.fast) + len(self.slow):
             lines.append(f"peft_fast: {len(self.fast)} of {layers} LoRA layers are fast")
-        names: dict[str, list[str]] = {}
-        for name, reason in self.slow.items():
-            names.setdefault(reason, []).append(name)
-        for reason, group in names.items():
-            more = f", and {len(group) - SHOWN} more" if len(group) > SHOWN else ""
-            lines.append(f"  {len(group)} with PEFT: {reason} ({', '.join(group[:SHOWN])}{more})")
+        lines += _grouped("with PEFT", self.slow) + _grouped("by torch's own GEMMs", self.plain)
+        lines += [f"  {failure}" for failure in self.failures]
         if self.fast_calls or self.handed_back or not lines:
             lines.append(self.calls())
             lines += [f"  {n:,} times: {reason}" for reason, n in self.handed_back.items()]
@@ -43,6 +41,18 @@ class Report:
         """The calls in one line."""
         slow = sum(self.handed_back.values())
         return f"peft_fast: {self.fast_calls:,} fast calls, {slow:,} handed back to PEFT"
+
+
+def _grouped(what: str, reasons: dict[str, str]) -> list[str]:
+    """{layer: reason} -> a line a reason, with the first layers' names."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    lines = []
+    for reason, group in names.items():
+        more = f", and {len(group) - SHOWN} more" if len(group) > SHOWN else ""
+        lines.append(f"  {len(group)} {what}: {reason} ({', '.join(group[:SHOWN])}{more})")
+    return lines
 
 
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -63,7 +73,8 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 def report(model: nn.Module | None = None) -> Report:
     """What is fast in ``model`` now, and its calls since accelerate(); without a model, the process's."""
     if model is None:
-        return Report((), {}, ledger.process.fast, dict(ledger.process.handed_back))
+        failures = tuple(dispatch.failures())
+        return Report((), {}, ledger.process.fast, dict(ledger.process.handed_back), failures=failures)
     layers = lora_layers(model)
     if not layers:
         fail(
@@ -74,12 +85,24 @@ def report(model: nn.Module | None = None) -> Report:
         )
     reasons = {name: why_slow(layer) for name, layer in layers.items()}
     calls = ledger.total(layers.values())
+    plain = {name: why_plain(layers[name]) for name, reason in reasons.items() if not reason}
     return Report(
-        tuple(name for name, reason in reasons.items() if not reason),
+        tuple(plain),
         {name: reason for name, reason in reasons.items() if reason},
         calls.fast,
         dict(calls.handed_back),
+        {name: reason for name, reason in plain.items() if reason},
+        tuple(dispatch.failures()),
     )
+
+
+def why_plain(layer: nn.Module) -> str:
+    """Why no compiled kernel would run a fast layer on inputs of its base's dtype; empty where one does."""
+    W, bias, adapters, _ = guard.plan_of(layer)
+    others = [t for t in (bias, *[t for a in adapters for t in (a.A, a.bias)]) if t is not None]
+    exact = settings.get().exact or dispatch.must_be_exact(W.dtype, [a.A for a in adapters])
+    choice = dispatch.pick(W, W.dtype, W, others, exact)
+    return choice.reason if choice.backend == "torch" else ""
 
 
 def why_slow(layer: nn.Module) -> str:

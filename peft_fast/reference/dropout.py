@@ -27,16 +27,17 @@ def keep_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
     """seed () int64 -> bool (M, K), True where the element is kept; probability 1 - p to within 2**-17."""
     seed = seed.reshape(())
     key0, key1 = seed & LOW, (seed >> 32) & LOW
-    counters = torch.arange((K + 127) // 128 * 16, device=seed.device)
+    groups = (K + 127) // 128
+    counters = torch.arange(16 * groups, device=seed.device)
     rows = torch.arange(M, device=seed.device).unsqueeze(1)
     c0, c1, c2, c3 = torch.broadcast_tensors(counters, rows & LOW, rows >> 32, torch.zeros_like(rows))
     for i in range(ROUNDS):
         hi0, lo0 = _mulhilo(MUL0, c0)
         hi1, lo1 = _mulhilo(MUL1, c2)
         c0, c1, c2, c3 = hi1 ^ c1 ^ ((key0 + i * KEY0) & LOW), lo1, hi0 ^ c3 ^ ((key1 + i * KEY1) & LOW), lo0
-    words = torch.stack((c0, c1, c2, c3)).view(4, M, -1, 16)  # (word, row, group, lane)
+    words = torch.stack((c0, c1, c2, c3)).view(4, M, groups, 16)  # (word, row, group, lane)
     halves = torch.stack((words & 0xFFFF, words >> 16), -1).permute(1, 2, 0, 3, 4)
-    return halves.reshape(M, -1)[:, :K] >= threshold(p)
+    return halves.reshape(M, 128 * groups)[:, :K] >= threshold(p)
 
 
 def threshold(p: float) -> int:

@@ -16,14 +16,14 @@ from peft_fast.ops.dropout import dropped
 
 def forward(x, W, bias, A, B, seed, spec):
     """x (..., K), W, bias (N,) | None, A (R, K), B (N, R) -> y (..., N), H (M, R) = s·drop(x)·Aᵀ."""
-    with _no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         Wt = W.to(x.dtype) if spec.transposed else W.to(x.dtype).t()  # (K, N)
-        x2 = x.reshape(-1, x.shape[-1])
+        x2 = rows(x)
         narrow = _dtype(x, A, spec)
         A, B = A.to(narrow), B.to(narrow)
         H = _shrink(x2, A, seed, spec)
         y = x.new_empty(*x.shape[:-1], Wt.shape[1])
-        y2 = y.view(-1, y.shape[-1])
+        y2 = rows(y)
         if narrow != x.dtype:
             # a bias of the base's dtype rounds with the base, one that holds the adapters' own stays in theirs
             late = bias is not None and bias.dtype == narrow
@@ -44,8 +44,8 @@ def forward(x, W, bias, A, B, seed, spec):
 
 def backward(g, x, W, bias, A, B, H, seed, spec, needs):
     """g (..., N) -> dx, dW, dbias, dA, dB; None where ``needs`` (x, W, bias, A, B) says so."""
-    with _no_autocast(x.device.type):
-        x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]).to(x.dtype)
+    with no_autocast(x.device.type):
+        x2, g2 = rows(x), rows(g).to(x.dtype)
         narrow = _dtype(x, A, spec)
         gn = g2.to(narrow)
         D = None  # (M, R)
@@ -66,7 +66,13 @@ def backward(g, x, W, bias, A, B, H, seed, spec, needs):
     return dx, dW, dbias, dA, dB
 
 
-def _no_autocast(device_type):
+def rows(t):
+    """t (..., K) -> (M, K), also where K = 0."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def no_autocast(device_type):
+    """A context in which operators keep the dtypes they are given."""
     on = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
 
