@@ -21,6 +21,19 @@ STABLE_TORCH_LIBRARY(peft_fast, m) {
   m.def("dropout_mask(Tensor seed, int M, int K, float p) -> Tensor");
   m.def("set_isa(str name) -> str");
   m.def("isa() -> str");
+  // on a GPU, the skinny products and the base GEMM: cuda/operators.cpp, cuda/gemm.cpp
+  m.def("lora_shrink(Tensor x, Tensor op, Tensor? seed, int[] ranks, float[] scalings, float[] ps) -> Tensor");
+  m.def(
+      "lora_outer(Tensor d, Tensor x, Tensor like, Tensor? seed, int[] ranks, float[] ps, bool turned) -> Tensor");
+  m.def(
+      "lora_shrink_outer(Tensor g, Tensor op, Tensor h, int[] ranks, float[] scalings) -> (Tensor, Tensor)");
+  m.def("lora_expand(Tensor p, Tensor q, Tensor? bias, Tensor? seed, int[] ranks, float[] ps) -> Tensor");
+  m.def("gemm_add_(Tensor(a!) out, Tensor a, Tensor b, bool tf32) -> bool");
+  m.def(
+      "lora_gemm(Tensor left, Tensor right, Tensor low_left, Tensor low_right, Tensor? bias, Tensor? seed, float p, "
+      "bool turned) -> (Tensor, str)");
+  m.def("cuda_archs() -> str");
+  m.def("cuda_no_device() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peft_fast, CPU, m) {

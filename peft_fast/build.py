@@ -1,14 +1,14 @@
-"""csrc/**.cpp → peft_fast/libpeft_fast.so (operators, LibTorch stable ABI) and peft_fast/_C.*.so (pybind11).
+"""csrc/ → peft_fast/libpeft_fast.so (operators, LibTorch stable ABI) and peft_fast/_C.*.so (pybind11).
 
-The only build logic there is: setup.py loads this file by path, `python -m peft_fast build` calls it, and
-`python peft_fast/build.py` runs it alone. It imports neither torch nor the package. Where it cannot build, it
-does not raise: the reason goes to peft_fast/build_info.json, and the package works without.
+setup.py loads this file by path, `python -m peft_fast build` calls it, and `python peft_fast/build.py` runs it
+alone. It imports neither torch nor the package; beside it, build_cuda.py knows nvcc and build_steps.py runs the
+compilers. Where it cannot build, it does not raise: the reason goes to peft_fast/build_info.json, and the package
+works without, or without the CUDA kernels alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
 import datetime
 import hashlib
@@ -77,14 +77,16 @@ class CannotBuild(Exception):
         self.reason, self.do, self.machine = reason, do, machine
 
 
-class Step(NamedTuple):
-    """One compiler call: `inputs` → `output`; objects have a depfile, links have none."""
+def _sibling(name: str):
+    """A file beside this one, wherever this one was loaded from."""
+    spec = importlib.util.spec_from_file_location(f"peft_fast_{name}", PACKAGE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    output: str
-    inputs: tuple[str, ...]
-    command: tuple[str, ...]
-    label: str
-    depfile: str | None
+
+cuda, steps_of = _sibling("build_cuda"), _sibling("build_steps")
+Step = steps_of.Step
 
 
 # ---- what is on this machine
@@ -220,8 +222,10 @@ def _has_python_headers() -> bool:
     return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
-def plan(compiler: str, torch: Path, torch_version: str, csrc: Path) -> tuple[list[Step], dict]:
-    """Every compile and link step, and the per-file ISA flags."""
+def plan(
+    compiler: str, torch: Path, torch_version: str, csrc: Path, toolkit: cuda.Toolkit | None = None
+) -> tuple[list[Step], dict]:
+    """Every compile and link step, with CUDA kernels where there is a toolkit, and the per-file ISA flags."""
     isa = isa_flags(compiler)
     cxx = (*shlex.split(compiler), *BASE_FLAGS)
     extra = tuple(shlex.split(os.environ.get("CXXFLAGS", "")))
@@ -234,25 +238,35 @@ def plan(compiler: str, torch: Path, torch_version: str, csrc: Path) -> tuple[li
         f"-isystem{include}",
         f"-isystem{include / 'torch' / 'csrc' / 'api' / 'include'}",
     )
+    macros = toolkit.macros() if toolkit else ()
     pybind = include if (include / "pybind11").is_dir() else (_package_dir("pybind11") or include) / "include"
     module_flags = (f"-I{csrc}", f"-isystem{pybind}", f"-isystem{sysconfig.get_path('include')}")
 
     def compile_step(source: Path, flags: tuple[str, ...]) -> Step:
-        name = source.relative_to(csrc).as_posix()
-        obj = name.removesuffix(".cpp").replace("/", "__") + ".o"
+        name, obj = object_of(source)
         files = ("-MD", "-MF", f"{obj}.d", "-c", str(source), "-o", obj)
-        command = (*cxx, *flags, *isa.get(source.name, ()), *extra, *files)
-        return Step(obj, (str(source),), command, name, f"{obj}.d")
+        told = macros if source.parent.name == "cuda" else ()
+        command = (*cxx, *flags, *told, *isa.get(source.name, ()), *extra, *files)
+        return Step(obj, (str(source),), command, name, f"{obj}.d", "compile")
+
+    def nvcc_step(source: Path) -> Step:
+        name, obj = object_of(source)
+        return Step(obj, (str(source),), toolkit.compile(source, csrc, obj), name, f"{obj}.d", "nvcc")
+
+    def object_of(source: Path) -> tuple[str, str]:
+        name = source.relative_to(csrc).as_posix()
+        return name, name.removesuffix(".cpp").replace("/", "__").replace(".cu", "_cu") + ".o"
 
     def link_step(output: str, objects: list[Step], flags: tuple[str, ...]) -> Step:
         inputs = tuple(step.output for step in objects)
         command = (*shlex.split(compiler), "-shared", *inputs, "-o", output, *extra, *flags)
-        return Step(output, inputs, command, output, None)
+        return Step(output, inputs, command, output, None, "link")
 
     sources = sorted(csrc.rglob("*.cpp"), key=_link_order)
     operators = [compile_step(s, torch_flags) for s in sources if s != csrc / MODULE_SOURCE]
-    libs = (f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10")
-    steps = [*operators, link_step(LIBRARY, operators, libs)] if operators else []
+    kernels = [nvcc_step(s) for s in toolkit.sources(csrc)] if toolkit else []
+    libs = (f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", *(toolkit.link_flags() if toolkit else ()))
+    steps = [*kernels, *operators, link_step(LIBRARY, [*operators, *kernels], libs)] if operators else []
     if _has_python_headers():
         module = compile_step(csrc / MODULE_SOURCE, module_flags)
         steps += [module, link_step(MODULE, [module], ())]
@@ -262,7 +276,7 @@ def plan(compiler: str, torch: Path, torch_version: str, csrc: Path) -> tuple[li
 def sources_hash(csrc: Path | None = None) -> str:
     """Changes when a C++ source, a header or this file changes."""
     csrc = csrc or csrc_dir()
-    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest = hashlib.sha256(Path(__file__).read_bytes() + Path(cuda.__file__).read_bytes())
     for path in sorted(p for p in csrc.rglob("*") if p.suffix in (".cpp", ".h", ".hpp", ".cu", ".cuh")):
         digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -279,56 +293,6 @@ def read_info(folder: Path = PACKAGE) -> dict:
 
 
 # ---- doing it
-
-
-def _ninja_text(steps: list[Step]) -> str:
-    def path(p: str) -> str:
-        return p.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-    call = ["  command = $cmd", "  description = $label"]
-    lines = ["rule link", *call, "rule compile", *call, "  depfile = $depfile", "  deps = gcc"]
-    for step in steps:
-        rule = "compile" if step.depfile else "link"
-        lines += [f"build {path(step.output)}: {rule} {' '.join(map(path, step.inputs))}"]
-        lines += [f"  cmd = {shlex.join(step.command).replace('$', '$$')}", f"  label = {step.label}"]
-        lines += [f"  depfile = {step.depfile}"] if step.depfile else []
-    return "\n".join(lines) + "\n"
-
-
-def _run_ninja(ninja: str, steps: list[Step], build_dir: Path, jobs: int, log: Log) -> str:
-    (build_dir / "build.ninja").write_text(_ninja_text(steps))
-    # -k 0: a broken _C must not take the operators with it
-    command = [ninja, "-C", str(build_dir), "-j", str(jobs), "-k", "0"]
-    output = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout:
-            output.append(line)
-            if not line.startswith("ninja: Entering"):
-                log(line.rstrip())
-    if process.returncode == 0:
-        return ""
-    for target in (LIBRARY, MODULE):  # an old file of a target that failed must not be taken for a new one
-        left = subprocess.run([*command, "-n", target], capture_output=True, text=True)
-        if "no work to do" not in left.stdout:
-            (build_dir / target).unlink(missing_ok=True)
-    return "".join(output)
-
-
-def _run_plain(steps: list[Step], build_dir: Path, jobs: int, log: Log) -> str:
-    def run(step: Step) -> str:
-        if not all((build_dir / i).exists() for i in step.inputs):
-            return f"{step.label}: not linked, an object is missing\n"
-        done = subprocess.run(step.command, cwd=build_dir, text=True, capture_output=True)
-        log(step.label + ("" if done.returncode == 0 else "  FAILED\n" + done.stdout + done.stderr))
-        return "" if done.returncode == 0 else done.stdout + done.stderr
-
-    for step in steps:
-        (build_dir / step.output).unlink(missing_ok=True)
-    failed = ""
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for wave in ([s for s in steps if s.depfile], [s for s in steps if not s.depfile]):
-            failed += "".join(pool.map(run, wave))
-    return failed
 
 
 @contextlib.contextmanager
@@ -361,6 +325,19 @@ def _first_error(output: str) -> str:
     return next((line for line in lines if wrong.search(line)), lines[-1])
 
 
+def _toolkit(csrc: Path, info: dict) -> cuda.Toolkit | None:
+    try:
+        toolkit = cuda.find(csrc)
+    except cuda.WrongArchs as wrong:
+        do = f"set {cuda.VARIABLE} to a list of these, or unset it, and build again"
+        raise CannotBuild(str(wrong), do) from wrong
+    except cuda.NoCuda as without:
+        info["cuda"] = {"archs": "", "reason": str(without)}
+        return None
+    info["cuda"] = toolkit.info()
+    return toolkit
+
+
 def _build(out_dir: Path, build_dir: Path, jobs: int | None, clean: bool, info: dict, log: Log) -> None:
     if not sys.platform.startswith("linux"):
         raise CannotBuild("the C++ kernels build on Linux only", "nothing: the torch backend is used")
@@ -368,23 +345,33 @@ def _build(out_dir: Path, build_dir: Path, jobs: int | None, clean: bool, info: 
     torch, info["torch"] = find_torch()
     info["compiler"], info["compiler_version"] = find_compiler()
     ninja = find_ninja()
+    toolkit = _toolkit(csrc, info)
     log(f"torch     {info['torch']}  ({torch})")
     log(f"compiler  {info['compiler']}  ({info['compiler_version']})")
     log(f"ninja     {ninja or 'not found: every file is compiled again'}")
+    log(f"CUDA      {info['cuda']['reason'] or '{archs}, nvcc {nvcc_version}  ({nvcc})'.format(**info['cuda'])}")
     with _locked(build_dir):
         if clean:
             for path in build_dir.glob("*"):
                 path.unlink() if path.name != ".lock" else None
-        steps, info["isa_flags"] = plan(info["compiler"], torch, info["torch"], csrc)
+        steps, info["isa_flags"] = plan(info["compiler"], torch, info["torch"], csrc, toolkit)
         for name, flags in info["isa_flags"].items():
             if flags == UNAVAILABLE and any(csrc.rglob(name)):
                 log(f"          {name}: this compiler or machine does not know the instruction set")
         info["flags"] = " ".join((*BASE_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))))
         info["sources_hash"] = sources_hash(csrc)
-        if ninja:
-            failed = _run_ninja(ninja, steps, build_dir, jobs, log)
-        else:
-            failed = _run_plain(steps, build_dir, jobs, log)
+
+        def run(steps: list[Step]) -> str:
+            where = build_dir, jobs, log
+            return steps_of.run_ninja(ninja, steps, *where) if ninja else steps_of.run_plain(steps, *where)
+
+        failed = run(steps)
+        if toolkit and failed and not (build_dir / LIBRARY).is_file():
+            log("once more without the CUDA kernels")
+            why, failed = failed, run(plan(info["compiler"], torch, info["torch"], csrc)[0])
+            if (build_dir / LIBRARY).is_file():
+                info["cuda"] = {"archs": "", "reason": f"nvcc or its linking failed: {_first_error(why)}"}
+                log(f"CUDA      {info['cuda']['reason']}")
         out_dir.mkdir(parents=True, exist_ok=True)
         for name in (LIBRARY, MODULE):
             if (build_dir / name).is_file():
@@ -428,6 +415,7 @@ def build(
             info["do"] = "put that right, then run `python -m peft_fast build`"
     info["seconds"] = round(time.perf_counter() - started, 1)
     info.setdefault("date", _utc(time.time()))
+    info.setdefault("cuda", {"archs": "", "reason": info["reason"]})
     if info["ok"]:
         log(f"built     {', '.join(str(out_dir / name) for name in info['built'])}  ({info['seconds']} s)")
     else:

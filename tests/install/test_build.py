@@ -1,7 +1,5 @@
 """peft_fast/build.py on a small clone: what it builds, and what it says when it cannot."""
 
-import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -10,13 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ISA_SOURCE = """
-#ifdef PEFT_FAST_ISA_UNAVAILABLE
-extern "C" __attribute__((visibility("default"))) int {name}() {{ return 0; }}
-#else
-extern "C" __attribute__((visibility("default"))) int {name}() {{ return 1; }}
-#endif
-"""
+from tests.install.calls import call, info_of, load
+
 OLD_COMPILER = """#!/bin/bash
 for flag in "$@"; do
   case $flag in -mamx*|-mavx512bf16) echo "error: unrecognized option $flag" >&2; exit 1;; esac
@@ -25,37 +18,6 @@ exec c++ "$@"
 """
 
 pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler named c++")
-
-
-@pytest.fixture
-def clone(tmp_path, root) -> Path:
-    """A repository with four tiny C++ files and the real build.py."""
-    here = tmp_path / "a clone $x"  # a name that neither ninja nor the shell may trip over
-    (here / "peft_fast").mkdir(parents=True)
-    (here / "csrc" / "cpu").mkdir(parents=True)
-    (here / "setup.py").touch()
-    shutil.copy(root / "peft_fast" / "build.py", here / "peft_fast")
-    (here / "csrc" / "schema.cpp").write_text("#include <torch/headeronly/version.h>\nint schema() { return 1; }\n")
-    (here / "csrc" / "module.cpp").write_text("int module_() { return 1; }\n")
-    for name in ("isa_avx2", "isa_amx"):
-        (here / "csrc" / "cpu" / f"{name}.cpp").write_text(ISA_SOURCE.format(name=name))
-    return here
-
-
-def load(clone: Path):
-    spec = importlib.util.spec_from_file_location("build_of_a_clone", clone / "peft_fast" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def info_of(clone: Path) -> dict:
-    return json.loads((clone / "peft_fast" / "build_info.json").read_text())
-
-
-def call(library: Path, name: str) -> int:
-    code = f"import ctypes, torch, sys; print(ctypes.CDLL({str(library)!r}).{name}())"
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 def test_builds_both_files_and_says_with_what(clone):

@@ -1,0 +1,5 @@
+#include "cuda/hopper.cuh"
+
+namespace peft_fast::cuda {
+template void launch_hopper<Bf16, false>(const HopperJob&, bool, bool, int64_t, Stream);
+}
