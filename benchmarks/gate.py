@@ -90,8 +90,13 @@ def _path(wanted: bool, fast: bool) -> Verdict:
 def _formula(w: Weights, x: Tensor, g: Tensor, keep: Tensor | None) -> tuple[Tensor, ...]:
     """PEFT's own sequence of calls, in the dtype of its arguments -> y, dx, dA, dB."""
     x, A, B = (t.detach().requires_grad_() for t in (x, w.A, w.B))
-    # as torch's dropout does it: the scaled mask is rounded to the dtype, then multiplied
-    dropped = x if keep is None else x * keep.to(x.dtype).div(1 - w.p)
+    if keep is None:
+        dropped = x
+    elif x.is_cuda:  # as torch's dropout does it there: scaled in float32, rounded once
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        dropped = (wide * keep * (1 / (1 - w.p))).to(x.dtype)
+    else:  # and on the CPU: the scaled mask is rounded to the dtype, then multiplied
+        dropped = x * keep.to(x.dtype).div(1 - w.p)
     y = F.linear(x, w.W, w.bias) + F.linear(F.linear(dropped, A), B) * w.scaling
     return (y.detach(), *torch.autograd.grad(y, (x, A, B), g))
 

@@ -1,15 +1,19 @@
-"""Build, doctor, numeric gate, benchmarks on one GPU: each step its own process, all within a time budget.
+"""Everything that needs a GPU, in one budget of time: build, proof, tuning, figures; each step its own process.
 
-A step that fails or runs out of time leaves its status in the record and does not stop the next one. Into the
-folder go <gpu>-<date>.json (one record, its runs inside), the same name with .log, and a PNG per benchmark.
+A step that fails, is ended at its time or has nothing to run leaves its status in the record and does not stop the
+next one. Into the folder go <gpu>-<date>.json (one record, its runs inside), the same name with .md (tables) and .log,
+and a PNG per benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -18,14 +22,17 @@ from pathlib import Path
 
 import torch
 
-from peft_fast.errors import DeviceError, PeftFastError, fail
+from peft_fast.errors import DeviceError, PeftFastError, SettingsError, fail
 
-from . import harness, machine
+from . import harness, machine, show, table, targets, watch
+from .steps import ENDS, ROOT, TIMED, Step, steps, without
 
-ROOT = Path(__file__).resolve().parent.parent
-# share of the budget after which each step must have ended
-ENDS = {"build": 0.2, "doctor": 0.25, "gate": 0.45, "lora_linear": 0.75, "train_step": 1.0}
-GRACE_S = 20.0  # a benchmark stops by itself at its deadline; this is for the row it is in
+GRACE_S = {"plans": 5.0, "memcheck": 8.0, "racecheck": 8.0}  # before the end of the step, for what it is in
+ROW_S = 20.0  # for the row of a benchmark
+STOP_S = 5.0  # for a step that was interrupted to say how far it came
+NOTES = re.compile(
+    r"(\d+ (?:passed|failed|error).* in [\d.]+s.*|.*ERROR SUMMARY: .*|.*RACECHECK SUMMARY: .*|tuned: .*)"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,26 +41,39 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything together")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, toy sizes")
     given = parser.parse_args(argv)
+    start = time.monotonic()
     if not given.dry_run and not torch.cuda.is_available():
-        fail(DeviceError, "a machine where torch has no GPU", "a GPU", "or set PEFT_FAST_GPU_DRY_RUN=1")
-    device = torch.device("cpu" if given.dry_run else "cuda")
-    header = machine.header(device)
+        do = "run `python -m peft_fast doctor`; PEFT_FAST_GPU_DRY_RUN=1 tries the script on the CPU"
+        fail(DeviceError, "a machine where torch has no GPU", "a GPU to measure", do)
+    header = machine.header(torch.device("cpu" if given.dry_run else "cuda"))
     stem = name(header, given.dry_run)
-    given.out.mkdir(parents=True, exist_ok=True)
+    gpu = None if given.dry_run else _uuid()
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+        log = (given.out / f"{stem}.log").open("w")
+    except OSError as error:
+        fail(SettingsError, f"OUT={given.out}: {error.strerror}", "a folder to write to", "set OUT to another", error)
     record = {
         "schema": harness.SCHEMA,
         "bench": "gpu",
         "scale": "tiny" if given.dry_run else "full",
         "machine": header,
+        "limits": watch.limits(gpu),
+        "plans": {},
         "steps": [],
+        "targets": [],
         "runs": [],
     }
-    with (given.out / f"{stem}.log").open("w") as log:
-        _steps(given, stem, record, log)
-    harness.write(given.out / f"{stem}.json", record)
-    bad = [step["name"] for step in record["steps"] if step["rc"]]
-    print(f"\nwrote {stem}.json, .log and plots" + (f"; failed: {', '.join(bad)}" if bad else ""))
-    return 1 if bad else 0
+    _write(given.out, stem, record)
+    with log, watch.Watch(gpu) as clocks:
+        for step in steps(given.out, stem, given.dry_run):
+            broken = [plan for plan, why in record["plans"].items() if why]
+            step = step._replace(command=[*step.command, *without(step, broken)])
+            record["steps"].append(_step(step, given.minutes * 60 * ENDS[step.name], start, log, clocks))
+            _collect(given.out / f"{stem}-{step.name}.json", step.name, record)
+            # after each step: a machine that is taken away leaves what was measured
+            _write(given.out, stem, record)
+    return _summary(record, stem)
 
 
 def name(header: dict, dry_run: bool) -> str:
@@ -62,55 +82,110 @@ def name(header: dict, dry_run: bool) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{device}-{header['date'][:10]}".lower()).strip("-")
 
 
-def commands(given: argparse.Namespace, stem: str) -> dict[str, list[str]]:
-    """Step -> what python3 runs; a benchmark's own deadline is added when it starts."""
-    sized = ["--device", "cpu", "--tiny"] if given.dry_run else ["--device", "cuda"]
-    bench = ["-m", "peft_fast", "bench"]
+def _uuid() -> str:
+    """The GPU as nvidia-smi calls it, whatever CUDA_VISIBLE_DEVICES makes of the numbers."""
+    uuid = getattr(torch.cuda.get_device_properties("cuda"), "uuid", None)
+    return f"GPU-{uuid}" if uuid else "0"
 
-    def results(op: str) -> list[str]:
-        part = given.out / f"{stem}-{op}"
-        return [*bench, op, *sized, "--json", f"{part}.json", "--plot", f"{part}.png"]
 
+def _collect(part: Path, step: str, record: dict) -> None:
+    """Moves what a step wrote into the record, also when the step did not come to its end."""
+    try:
+        found = json.loads(part.read_text())
+    except (OSError, ValueError):
+        return
+    if step in ("plans", "tune"):
+        record[{"tune": "tuning"}.get(step, step)] = found
+    else:
+        record["runs"].append(found)
+    part.unlink()
+
+
+def _summary(record: dict, stem: str) -> int:
+    """The last screen; exit status 1 when a step failed or did not come to its end."""
+    print("\nsteps")
+    for step in record["steps"]:
+        print(f"  {step['name']:<12} {step['status']:<12} {step['seconds']:6.1f} s  {step['note']}".rstrip())
+    print()
+    show.best().targets(targets.judge(record["runs"]))
+    print(f"\nwrote {stem}.json, .md, .log and plots")
+    bad = [f"{step['name']} ({step['status']})" for step in record["steps"] if step["status"] not in ("ok", "skipped")]
+    if bad:
+        print(f"not as it should be: {', '.join(bad)}; the log has the whole story")
+    return 1 if bad else 0
+
+
+def _step(step: Step, end: float, start: float, log, clocks: watch.Watch) -> dict:
+    if step.skip:
+        print(f"\n== {step.name}: skipped, {step.skip}", flush=True)
+        log.write(f"\n== {step.name}: skipped, {step.skip}\n")
+        return {"name": step.name, "status": "skipped", "rc": 0, "seconds": 0.0, "note": step.skip}
+    begin = time.monotonic()
+    left = max(end - (begin - start), 1.0)
+    command = step.command
+    if step.name in TIMED:
+        command = [*command, "--minutes", f"{max(left - GRACE_S.get(step.name, ROW_S), left / 2) / 60:.3f}"]
+    done = _run(step.name, command, left, log, step.extra)
+    found = clocks.between(begin, time.monotonic())
+    return {**done, "clocks": found} if found else done
+
+
+def _run(step: str, command: list[str], limit: float, log, extra: dict | None = None) -> dict:
+    """Runs one step, its output to the screen and the log; rc 124 when it ran out of time."""
+    print(f"\n== {step} ({datetime.datetime.now():%H:%M:%S}, up to {limit:.0f} s)", flush=True)
+    log.write(f"\n== {step}: {' '.join(Path(word).name if '/' in word else word for word in command)}\n")
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        command if Path(command[0]).is_file() else [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, **(extra or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # pytest's workers and the sanitizer's child end with it
+    )
+    late = threading.Event()
+    timer = threading.Timer(limit, lambda: (late.set(), _end(process)))
+    timer.start()
+    note = last = ""
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            log.write(line)
+            log.flush()
+            last = line.strip() or last
+            if found := NOTES.search(line):
+                note = found.group(1).strip(" =\n")
+        rc = process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            _end(process)
+    rc = 124 if late.is_set() else rc
+    status = {0: "ok", 124: "out of time"}.get(rc, "failed")
     return {
-        "build": ["-m", "peft_fast.build", "--if-possible"],
-        "doctor": ["-m", "peft_fast", "doctor"],
-        "gate": [*bench, "lora_linear", *sized, "--gate-only", "--dtype", "bf16,fp16,fp32"],
-        "lora_linear": results("lora_linear"),
-        "train_step": results("train_step"),
+        "name": step,
+        "status": status,
+        "rc": rc,
+        "seconds": round(time.monotonic() - begin, 1),
+        "note": (note or ("" if status == "ok" else last)).replace(str(ROOT), ".")[:300],
     }
 
 
-def _steps(given: argparse.Namespace, stem: str, record: dict, log) -> None:
-    start = time.monotonic()
-    for step, command in commands(given, stem).items():
-        left = given.minutes * 60 * ENDS[step] - (time.monotonic() - start)
-        if step in ("lora_linear", "train_step"):
-            command = [*command, "--minutes", f"{max(left - GRACE_S, 1) / 60:.3f}"]
-        record["steps"].append(_run(step, command, max(left, 1.0), log))
-        part = given.out / f"{stem}-{step}.json"
-        if part.exists():
-            record["runs"].append(json.loads(part.read_text()))
-            part.unlink()
+def _end(process: subprocess.Popen) -> None:
+    """Interrupts a step, as Ctrl-C does, and ends all of it a little later."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
-def _run(step: str, command: list[str], limit: float, log) -> dict:
-    """Runs one step, its output to the screen and the log; rc 124 when it ran out of time."""
-    print(f"\n== {step} ({datetime.datetime.now():%H:%M:%S}, up to {limit:.0f} s)", flush=True)
-    log.write(f"\n== {step}: python3 {' '.join(command)}\n")
-    begin = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    late = threading.Event()
-    timer = threading.Timer(limit, lambda: (late.set(), process.kill()))
-    timer.start()
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        log.write(line)
-        log.flush()
-    rc = process.wait()
-    timer.cancel()
-    return {"name": step, "rc": 124 if late.is_set() else rc, "seconds": round(time.monotonic() - begin, 1)}
+def _write(out: Path, stem: str, record: dict) -> None:
+    record["targets"] = [{**t._asdict(), "verdict": t.word} for t in targets.judge(record["runs"])]
+    harness.write(out / f"{stem}.json", record)
+    (out / f"{stem}.md").write_text(table.record(record))
 
 
 if __name__ == "__main__":
@@ -118,3 +193,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except PeftFastError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:  # the record holds every step that came to its end
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

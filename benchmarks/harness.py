@@ -15,14 +15,16 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from peft_fast import dispatch
 from peft_fast.errors import DataError, PeftFastError, fail
 
-from . import machine, memory, stats
+from . import clock, machine, memory, stats
 from .criterion import Verdict
 
 SCHEMA = "peft_fast.bench/1"
@@ -46,6 +48,8 @@ class Options:
     repeats: int = 0
     deadline: float = math.inf  # time.monotonic() after which no case is started
     gate_only: bool = False
+    peers: bool = False  # other projects' functions too, where they import
+    without: tuple[str, ...] = ()  # plans to leave alone, "cuda fused"
 
 
 @dataclasses.dataclass
@@ -57,6 +61,9 @@ class Provider:
     kept: Sequence[Tensor] = ()  # parameters and buffers: alive anyway, not counted as saved
     gate: Callable[[], dict[str, Verdict]] | None = None
     reset: Callable[[], object] = lambda: None  # before each run, not timed
+    optional: bool = False  # refused, failing or too large, it leaves the row instead of taking it along
+    backlog: float = 1e-3  # seconds of spinning before a sample on a GPU; 0: timed as it is launched
+    starved: bool = False  # the GPU waited for the host in some sample, whatever the backlog
 
 
 @dataclasses.dataclass
@@ -70,11 +77,13 @@ class Case:
     seconds: float = 20.0  # for its rounds; reached, it ends after MIN_ROUNDS
     baseline: str = "frozen"
     against: str = "stock"
+    smaller: Case | None = None  # what to measure instead where the memory is not enough
 
 
 MIN_ROUNDS = 8
 REPEATS = {"full": 20, "quick": 6, "tiny": 3}
 SAMPLE_S = {"full": 0.004, "quick": 0.002, "tiny": 0.0}  # shorter calls are repeated within a sample
+MOST_RUNS = {"cpu": 1000, "cuda": 10}  # in a sample; a GPU's queue holds about a thousand launches
 
 
 def run(bench: str, cases: Sequence[Case], options: Options, show, save: Path | None = None) -> dict:
@@ -92,24 +101,45 @@ def run(bench: str, cases: Sequence[Case], options: Options, show, save: Path | 
     show.header(document)
     with show.progress(len(cases)) as progress:
         for case in cases:
-            if time.monotonic() > options.deadline:
-                document["skipped"].append(case.title)
-                continue
-            progress.case(case.title)
-            try:
-                row = measure(case, options, progress)
-            except GateError as error:
-                document["refused"].append({"title": case.title, "reason": str(error)})
-                show.refused(case.title, str(error))
-            except torch.cuda.OutOfMemoryError:
-                document["skipped"].append(f"{case.title}: out of memory")
-                torch.cuda.empty_cache()
-            else:
-                document["rows"].append(row)
-                show.row(row)
+            while case:
+                case = _one(case, options, document, progress, show)
+            if failed := dispatch.failures():
+                document["kernel_failures"] = failed  # torch ran in their place
             if save:
                 write(save, document)
     return document
+
+
+def _one(case: Case, options: Options, document: dict, progress, show) -> Case | None:
+    """Measures a case into the document; a smaller case to try instead, if the memory was not enough."""
+    if time.monotonic() > options.deadline:
+        document["skipped"].append(case.title)
+        return None
+    progress.case(case.title)
+    reason = ""
+    try:
+        row = measure(case, options, progress)
+    except GateError as error:
+        reason = str(error)
+    except torch.cuda.OutOfMemoryError:
+        document["skipped"].append(f"{case.title}: out of memory")
+        torch.cuda.empty_cache()
+        return case.smaller
+    except RuntimeError as error:
+        if options.device == "cpu":
+            raise
+        # a kernel that fails costs its row, not the rows after it
+        reason = f"given: {case.title}\nneeded: kernels that run\ndo: {_first_line(error)}"
+    if reason:
+        document["refused"].append({"title": case.title, "reason": reason})
+        show.refused(case.title, reason)
+        return None
+    for name, why in row.get("left_out", {}).items():
+        if name.startswith("peft_fast"):
+            document["refused"].append({"title": f"{case.title}: {name}", "reason": why})
+    document["rows"].append(row)
+    show.row(row)
+    return None
 
 
 def measure(case: Case, options: Options, progress) -> dict:
@@ -119,10 +149,13 @@ def measure(case: Case, options: Options, progress) -> dict:
         providers = case.providers()
         settings = {**case.settings, "threads": case.threads}
         row = {"title": case.title, "settings": settings, "baseline": case.baseline}
-        row["match"] = {p.name: gate(p) for p in providers if p.gate}
+        left_out: dict[str, str] = {}
+        row["match"] = _each([p for p in providers if p.gate], gate, left_out)
         if options.gate_only:
-            return row
-        row["bytes"] = {p.name: _bytes(p, device) for p in providers}
+            return row | ({"left_out": left_out} if left_out else {})
+        providers = [p for p in providers if p.name not in left_out]
+        row["bytes"] = _each(providers, partial(_bytes, device=device), left_out)
+        providers = [p for p in providers if p.name not in left_out]
         first = next(p for p in providers if p.name == case.baseline)
         providers.append(dataclasses.replace(first, name=first.name + AGAIN))
         inner = {p.name: _warm(p, device, options.scale) for p in providers}
@@ -138,6 +171,10 @@ def measure(case: Case, options: Options, progress) -> dict:
             if stats.contains(aa, 1.0) or time.monotonic() > options.deadline:
                 break
     row["rounds"] = rounds
+    if left_out:
+        row["left_out"] = left_out  # provider -> why it has no figures
+    if starved := [p.name for p in providers if p.starved]:
+        row["starved"] = starved  # their times hold waiting for the host
     row["aa"] = {"ratio": _short(aa), "ok": stats.contains(aa, 1.0)}
     row["providers"] = {
         p.name: _figures(samples, p.name, case)
@@ -145,6 +182,23 @@ def measure(case: Case, options: Options, progress) -> dict:
         if p.name != first.name + AGAIN  # its figure is the A/A ratio
     }
     return row
+
+
+def _each(providers: Sequence[Provider], ask: Callable[[Provider], object], left_out: dict[str, str]) -> dict:
+    """name -> ask(provider); an optional provider that fails goes to `left_out` with its reason."""
+    found = {}
+    for provider in providers:
+        try:
+            found[provider.name] = ask(provider)
+        except (PeftFastError, RuntimeError, TypeError, ValueError) as error:
+            if not provider.optional:
+                raise
+            left_out[provider.name] = _first_line(error) if not isinstance(error, PeftFastError) else str(error)
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def gate(provider: Provider) -> float:
@@ -199,16 +253,22 @@ def _rounds(providers, inner, samples, device, done, repeats, end, progress) -> 
 
 def _sample(provider: Provider, inner: int, device: torch.device, samples: dict) -> None:
     """Runs the provider `inner` times and appends seconds per run to samples[phase]["wall" | "cpu"]."""
+    for _ in range(4):
+        clocks = clock.Device(device, provider.backlog) if device.type == "cuda" else clock.Host()
+        for _ in range(inner):
+            provider.reset()
+            for phase, fn in provider.phases.items():
+                clocks.start()
+                fn()
+                clocks.stop(phase)
+        spans = clocks.read()
+        if not clocks.starved or provider.starved:
+            break
+        provider.backlog = clock.longer(clocks)
+    provider.starved |= clocks.starved
     wall = dict.fromkeys(provider.phases, 0.0)
     cpu = dict.fromkeys(provider.phases, 0.0)
-    clock = _Events(device) if device.type == "cuda" else _Clock()
-    for _ in range(inner):
-        provider.reset()
-        for phase, fn in provider.phases.items():
-            clock.start()
-            fn()
-            clock.stop(phase)
-    for phase, w, c in clock.read():
+    for phase, w, c in spans:
         wall[phase] += w / inner
         cpu[phase] += c / inner
     wall["total"], cpu["total"] = sum(wall.values()), sum(cpu.values())
@@ -218,54 +278,12 @@ def _sample(provider: Provider, inner: int, device: torch.device, samples: dict)
         kept["cpu"].append(max(cpu[phase], 1e-9))
 
 
-class _Clock:
-    """Wall seconds and the process's CPU seconds, all threads together."""
-
-    def __init__(self) -> None:
-        self.spans = []
-
-    def start(self) -> None:
-        self.begin = time.perf_counter(), time.process_time()
-
-    def stop(self, phase: str) -> None:
-        now = time.perf_counter(), time.process_time()
-        self.spans.append((phase, now[0] - self.begin[0], now[1] - self.begin[1]))
-
-    def read(self) -> list[tuple[str, float, float]]:
-        return self.spans
-
-
-class _Events(_Clock):
-    """Wall seconds on the GPU's own clock, from events; a short sleep first keeps its queue full."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        torch.cuda.synchronize(device)
-        torch.cuda._sleep(2_000_000)
-
-    def start(self) -> None:
-        self.begin = _event(), time.process_time()
-
-    def stop(self, phase: str) -> None:
-        self.spans.append((phase, self.begin[0], _event(), time.process_time() - self.begin[1]))
-
-    def read(self) -> list[tuple[str, float, float]]:
-        torch.cuda.synchronize()
-        return [(phase, a.elapsed_time(b) / 1e3, cpu) for phase, a, b, cpu in self.spans]
-
-
-def _event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
 def _warm(provider: Provider, device: torch.device, scale: str) -> int:
     """One more warm-up run after those of _bytes; returns how many runs make one sample."""
     once: dict = {}
     _sample(provider, 1, device, once)
     seconds = max(once["total"]["wall"][0], 1e-6)
-    return max(1, min(1000, math.ceil(SAMPLE_S[scale] / seconds)))
+    return max(1, min(MOST_RUNS[device.type], math.ceil(SAMPLE_S[scale] / seconds)))
 
 
 def _bytes(provider: Provider, device: torch.device) -> dict:

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import nn
 
+from peft_fast.errors import SettingsError
+
 from . import gate, machine, peers
+from .criterion import Verdict
 from .harness import Case, Options, Provider
+from .shapes import AWKWARD, GPU_LAYERS, GPU_SQUARE, LAYERS, SQUARE, TINY
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-SQUARE = (2048, 2048, 2048)  # M, K, N: the shape the project's targets are stated for
-# (M, K, N), ranks: BERT-base and a Llama with K/N as in TinyLlama's first billion, 512 tokens
-LAYERS = {
-    "bert-base": [((512, 768, 768), (8, 16, 64)), ((512, 768, 3072), (16,)), ((512, 3072, 768), (16,))],
-    "llama-like": [((512, 1024, 1024), (16,)), ((512, 1024, 2816), (16,)), ((512, 2816, 1024), (16,))],
-}
-GPU_LAYERS = {
-    "llama-3-8b": [((m, 4096, 4096), (16,)) for m in (512, 2048, 16384)]
-    + [((8192, 4096, 4096), (8, 64)), ((8192, 4096, 14336), (16,)), ((8192, 14336, 4096), (16,))],
-    "qwen2.5-7b": [((8192, 3584, 18944), (16,))],
-    "bert-base": [((8192, 768, 768), (16,)), ((8192, 768, 3072), (16,))],
-}
-GPU_SQUARE = (8192, 4096, 4096)
-TINY = (48, 64, 96)
-# sizes no tile divides, for --gate-only
-AWKWARD = [((37, 127, 129), (2, 17)), ((131, 300, 70), (64, 256))]
 
 
 def names(device: str) -> tuple[str, ...]:
@@ -52,6 +42,9 @@ def cases(options: Options) -> list[Case]:
                 for r in ranks
                 if model == "square" or _wanted(options, r, dtype, p == dropouts[-1], t == threads[-1])
             ]
+    if gpu:
+        # the headline with every dropout first, then each shape once with dropout: time may end anywhere
+        rows.sort(key=lambda case: (case.settings["model"] != "square", case.settings["p"] != dropouts[-1]))
     return rows
 
 
@@ -75,13 +68,42 @@ def _shapes(model: str, options: Options) -> list:
 
 def _case(model, m, k, n, r, dtype, p, threads, options) -> Case:
     settings = {"model": model, "M": m, "K": k, "N": n, "r": r, "dtype": dtype, "p": p}
-    title = f"{model} M={m} K={k} N={n} r={r} {dtype} p={p:g} threads={threads}"
-    build = partial(providers, m, k, n, r, dtype, p, torch.device(options.device))
-    return Case(title, settings, build, threads, seconds=80.0 if model == "square" else 8.0)
+    gpu = options.device != "cpu"
+    title = f"{model} M={m} K={k} N={n} r={r} {dtype} p={p:g}" + ("" if gpu else f" threads={threads}")
+    plans = live_plans(options.device, options.without) if gpu or options.scale == "tiny" else []
+    build = partial(providers, m, k, n, r, dtype, p, torch.device(options.device), plans, options.peers)
+    long = 80.0 if not gpu else 8.0
+    return Case(title, settings, build, threads, seconds=long if model == "square" else long / 10)
 
 
-def providers(m: int, k: int, n: int, r: int, name: str, p: float, device: torch.device) -> list[Provider]:
-    """frozen, full fine-tuning, stock, addmm, peft_fast; adapters in fp32 (PEFT's default) and in `name`."""
+def live_plans(device: str, without: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """(backend, plan) of everything that can run there, to be measured by name beside what dispatch picks."""
+    from peft_fast import dispatch
+    from peft_fast.backends import triton
+
+    gpu = device != "cpu"
+    where = {"cuda": gpu, "triton": gpu or triton.interpreting(), "cpu": not gpu, "reference": False}
+    live = [name for name, live, _ in dispatch.backends() if live and where.get(name, True)]
+    plans = [(name, plan) for name in live for plan in dispatch.BACKEND_PLANS[name]]
+    return [plan for plan in plans if " ".join(plan) not in without]
+
+
+def providers(
+    m: int,
+    k: int,
+    n: int,
+    r: int,
+    name: str,
+    p: float,
+    device: torch.device,
+    plans: Sequence[tuple[str, str]] = (),
+    others: bool = False,
+) -> list[Provider]:
+    """frozen, full fine-tuning, stock, addmm, peft_fast; adapters in fp32 (PEFT's default) and in `name`.
+
+    ``plans`` are measured by name, with fp32 adapters (beside fp16 those have PEFT's arithmetic, so fp16 there);
+    ``others``: also the peers that import.
+    """
     dtype = DTYPES[name]
     torch.manual_seed(0)
     x = torch.randn(m, k, device=device).to(dtype).requires_grad_()
@@ -97,7 +119,19 @@ def providers(m: int, k: int, n: int, r: int, name: str, p: float, device: torch
     rows += [_addmm("addmm", lora_layer(base, r, p, fp32=not low), x, g)]
     rows += [_fast("peft_fast", lora_layer(base, r, p, fp32=True, fast=True), x, g)]
     rows += [_fast(f"peft_fast {name}", lora_layer(base, r, p, fp32=False, fast=True), x, g)] if low else []
-    return rows
+    rows += [
+        _plan(backend, plan, layer, x, g)
+        for backend, plan in plans
+        if _takes(backend, plan, layer := lora_layer(base, r, p, fp32=name != "fp16"), x)
+    ]
+    if others:
+        rows += [_peer(peer, lora_layer(base, r, p, fp32=False), x, g) for peer in peers.found(p)]
+    return alone(rows) if x.is_cuda else rows
+
+
+def alone(rows: list[Provider]) -> list[Provider]:
+    """The same, each refused alone: on a GPU time is short, and a row is worth having without one of them."""
+    return [dataclasses.replace(row, optional=row.name != "frozen") for row in rows]
 
 
 def lora_layer(base: nn.Linear, r: int, p: float, fp32: bool, fast: bool = False) -> nn.Module:
@@ -137,12 +171,16 @@ def accelerate(model: nn.Module) -> None:
 
 def _provider(name, run, x, g, kept, leaves, verdicts=None) -> Provider:
     state = {}
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
 
     def forward() -> None:
         state["y"] = run(x)
 
     def backward() -> None:
-        state.pop("y").backward(g)
+        if x.is_cuda:  # nothing that waits for the host between the kernels
+            torch.autograd.grad(state.pop("y"), wanted, g)
+        else:
+            state.pop("y").backward(g)
 
     def reset() -> None:
         for leaf in leaves:
@@ -173,3 +211,43 @@ def _addmm(name, layer, x, g) -> Provider:
 
 def _fast(name, layer, x, g) -> Provider:
     return _lora(name, layer, x, g, gate.our_mask, fast=True)
+
+
+def _plan(backend, plan, layer, x, g) -> Provider:
+    """The operator itself with backend and plan by name: no patch, no dispatch, the same arithmetic."""
+    from peft_fast import dispatch
+    from peft_fast.ops import Adapter, lora_linear
+
+    w = gate.weights(layer, x.dtype)
+    adapter = Adapter(layer.lora_A["default"].weight, layer.lora_B["default"].weight, w.scaling, w.p)
+
+    def run(x):
+        return lora_linear(x, w.W, w.bias, [adapter], backend=backend, plan=plan)
+
+    def verdicts() -> dict[str, Verdict]:
+        before = dispatch.fallbacks()
+        found = gate.check_layer(layer, x, g, gate.our_mask, run, fast=True)
+        why = "; ".join(dispatch.failures()) or "another plan or backend ran it"
+        return {**found, "kernels": Verdict(dispatch.fallbacks() == before, why)}
+
+    provider = _lora(f"peft_fast {backend} {plan}", layer, x, g, gate.our_mask, run, fast=True)
+    return dataclasses.replace(provider, gate=verdicts, optional=True)
+
+
+def _takes(backend, plan, layer, x) -> bool:
+    """Does this backend have a plan for these dtypes?"""
+    from peft_fast import dispatch
+
+    tensors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    try:
+        dispatch.pick(x, x.dtype, layer.base_layer.weight, tensors, backend=backend, plan=plan)
+    except SettingsError:
+        return False
+    return True
+
+
+def _peer(peer, layer, x, g) -> Provider:
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    w = gate.weights(layer, x.dtype)
+    provider = _lora(peer.name, layer, x, g, gate.torch_mask(x.dtype), lambda x: peer(x, w, A, B))
+    return dataclasses.replace(provider, optional=True)

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 COLORS = {
     "full": "#b8b8b8",
     "stock": "#d1761e",
     "stock bf16": "#eeb777",
+    "stock fp16": "#eeb777",
     "addmm": "#9a8fc4",
     "peft_fast": "#1f5fa8",
     "peft_fast bf16": "#7fb0e6",
+    "peft_fast fp16": "#7fb0e6",
+    "peft_fast torch accumulate": "#9fc7a0",
+    "peft_fast torch augmented": "#c4dcb4",
+    "peft_fast triton accumulate": "#2f8f5b",
+    "peft_fast triton fused": "#63b58a",
+    "peft_fast cuda accumulate": "#8a4f9e",
+    "peft_fast cuda fused": "#c06fb4",
+    "unsloth": "#c9a227",
+    "axolotl": "#e0cb7c",
 }
+OTHERS = "#5c5c5c"
+MANY = 12  # rows: more are a line of dots each, bars would take a page a model
+FARTHEST = 4.0  # multiples: what is slower is drawn at the edge of a picture of dots
 
 
 def ratios(document: dict, path: Path) -> None:
-    """One group of bars per row of the document, written as PNG (or whatever the suffix says)."""
+    """Bars or, of many rows, dots: one group a row of the document, as PNG (or whatever the suffix says)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,19 +38,18 @@ def ratios(document: dict, path: Path) -> None:
     from . import machine
 
     rows = [row for row in document["rows"] if "providers" in row]
-    names = [n for n in COLORS if any(n in row["providers"] for row in rows)]
-    thick = 0.8 / max(len(names), 1)
-    figure, axes = plt.subplots(figsize=(9, 1.2 + max(len(rows), 1) * (0.16 * len(names) + 0.15)))
-    for i, name in enumerate(names):
-        at = [j for j, row in enumerate(rows) if name in row["providers"]]
-        mid, low, high = zip(*(rows[j]["providers"][name]["total"]["ratio"] for j in at), strict=True)
-        error = [[abs(m - v) for m, v in zip(mid, end, strict=True)] for end in (low, high)]
-        places = [j + (i - (len(names) - 1) / 2) * thick for j in at]
-        axes.barh(places, mid, thick * 0.92, xerr=error, color=COLORS[name], label=name, error_kw={"lw": 0.8})
+    known = dict.fromkeys(n for row in rows for n in row["providers"] if n != row["baseline"])
+    # the order of the table, what it does not know last
+    names = [n for n in COLORS if n in known] + [n for n in known if n not in COLORS]
+    dots = len(rows) > MANY
+    height = 0.3 if dots else 0.16 * len(names) + 0.15
+    figure, axes = plt.subplots(figsize=(9, 1.2 + max(len(rows), 1) * height))
+    (_dots if dots else _bars)(axes, rows, names)
     axes.axvline(1.0, color="black", lw=0.8)
     axes.set_yticks(range(len(rows)), [row["title"] for row in rows], fontsize=8)
+    axes.set_ylim(-0.6, max(len(rows), 1) - 0.4)
     axes.invert_yaxis()
-    axes.set_xlabel("time, multiples of the frozen baseline (bars: 95 % interval)")
+    axes.set_xlabel("time, multiples of the frozen baseline" + ("" if dots else " (bars: 95 % interval)"))
     axes.set_title(f"{document['bench']}\n{machine.line(document['machine'])}", fontsize=9)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for side in ("top", "right"):
@@ -44,3 +57,44 @@ def ratios(document: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
+
+
+def _bars(axes, rows: list[dict], names: list[str]) -> None:
+    thick = 0.8 / max(len(names), 1)
+    for i, name in enumerate(names):
+        at = [j for j, row in enumerate(rows) if name in row["providers"]]
+        mid, low, high = zip(*(rows[j]["providers"][name]["total"]["ratio"] for j in at), strict=True)
+        error = [[abs(m - v) for m, v in zip(mid, end, strict=True)] for end in (low, high)]
+        places = [j + (i - (len(names) - 1) / 2) * thick for j in at]
+        color = COLORS.get(name, OTHERS)
+        axes.barh(places, mid, thick * 0.92, xerr=error, color=color, label=name, error_kw={"lw": 0.8})
+
+
+def _dots(axes, rows: list[dict], names: list[str]) -> None:
+    for i, name in enumerate(names):
+        at = [j for j, row in enumerate(rows) if name in row["providers"]]
+        mid = [min(rows[j]["providers"][name]["total"]["ratio"][0], FARTHEST) for j in at]
+        ours = name.startswith("peft_fast")
+        # what dispatch picks on top of its plans
+        order = 20 if name == "peft_fast" else 10 + i if ours else i
+        shape = {"s": 46 if ours else 26, "marker": "o" if ours else "D", "lw": 0.4, "edgecolors": "white"}
+        axes.scatter(mid, at, color=COLORS.get(name, OTHERS), label=name, zorder=order, **shape)
+    left, right = axes.get_xlim()
+    axes.set_xlim(min(left, 0.95), right)
+    axes.grid(axis="y", color="#e4e4e4", lw=0.8)
+    axes.set_axisbelow(True)
+
+
+def main(files: list[str]) -> int:
+    """Draws what is in result files, GPU records too: for results of a machine without matplotlib."""
+    from . import harness
+
+    for path in map(Path, files):
+        document = harness.read(path)
+        for run in document.get("runs", [document]):
+            ratios(run, path.with_name(f"{path.stem}-{run['bench']}.png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

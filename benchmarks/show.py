@@ -6,11 +6,13 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from . import machine
+from . import machine, targets
 
 COLUMNS = (
     "", "ms", "IQR", "× baseline [95 %]", "CPU ×", "speed-up [95 %]", "saved MiB", "peak MiB", "error",
 )  # fmt: skip
+WIDE = 140  # columns of a terminal that hold them all
+NARROW = (0, 1, 3, 5, 6, 8)
 
 
 def cells(row: dict) -> list[list[str]]:
@@ -70,12 +72,14 @@ class Plain:
         if "providers" not in row:
             matches = ", ".join(f"{name} {match:.2f}" for name, match in row["match"].items())
             print(f"{row['title']}: error / allowed: {matches}", flush=True)
+            _notes(row)
             return
         print("\n" + caption(row))
-        table = [list(COLUMNS), *cells(row)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
-        for line in table:
-            print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip(), flush=True)
+        _lines([list(COLUMNS), *cells(row)])
+        _notes(row)
+
+    def targets(self, found: list) -> None:
+        _lines([["target", "needed", "found", ""], *targets.lines(found)])
 
 
 class Rich(Plain):
@@ -109,10 +113,38 @@ class Rich(Plain):
             return
         from rich.table import Table
 
-        table = Table(*COLUMNS, title=caption(row), title_justify="left", title_style="bold")
+        # a narrow terminal has the figures; the spread, the host and the peak are in the document
+        shown = range(len(COLUMNS)) if self.console.width >= WIDE else NARROW
+        table = Table(title=caption(row), title_justify="left", title_style="bold")
+        for i in shown:
+            table.add_column(COLUMNS[i], no_wrap=i == 0)
         for line in cells(row):
-            table.add_row(*line, style="bold" if line[0].startswith("peft_fast") else "")
+            style = "bold" if line[0].startswith("peft_fast") else ""
+            table.add_row(*(line[i] for i in shown), style=style)
         self.console.print(table)
+        _notes(row)
+
+    def targets(self, found: list) -> None:
+        from rich.table import Table
+
+        table = Table("target", "needed", "found", "", title="targets", title_justify="left", title_style="bold")
+        for line, target in zip(targets.lines(found), found, strict=True):
+            table.add_row(*line, style={True: "green", False: "red", None: "dim"}[target.met])
+        self.console.print(table)
+
+
+def _lines(table: list[list[str]]) -> None:
+    """Rows of cells in columns of equal width."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    for line in table:
+        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip(), flush=True)
+
+
+def _notes(row: dict) -> None:
+    for name, why in row.get("left_out", {}).items():
+        print(f"without {name}: {' '.join(why.split())}", flush=True)
+    if "starved" in row:
+        print(f"the GPU waited for the host in: {', '.join(row['starved'])}", flush=True)
 
 
 def best() -> Plain:

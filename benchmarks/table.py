@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peft_fast.errors import DataError, fail
 
-from . import harness, machine
+from . import harness, machine, peers
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -21,6 +21,71 @@ TITLES = {
     "peft_fast bf16": "**peft_fast**, bf16 adapters",
 }
 NONE = "_Nothing measured yet: `python -m peft_fast bench {bench} --json benchmarks/results/{bench}.json`._"
+PLANS = {
+    f"peft_fast {backend} {plan}": f"{backend}, {plan}"
+    for backend in ("torch", "triton", "cuda")
+    for plan in ("accumulate", "augmented", "fused")
+}
+# of records of a GPU: README has no such columns
+ALL = {
+    **dict(list(TITLES.items())[:3]),
+    "stock fp16": "stock, fp16 adapters",
+    **dict(list(TITLES.items())[3:]),
+    "peft_fast fp16": "**peft_fast**, fp16 adapters",
+    **PLANS,
+    **{name: name for name in peers.FUNCTIONS},
+}
+
+
+def record(found: dict) -> str:
+    """A GPU record as a page of its own: targets, layers with every plan, training steps, how the steps went."""
+    goals = [["target", "needed", "found", ""], ["---"] * 4]
+    goals += [[t["name"], t["need"], t["found"], t["verdict"]] for t in found["targets"]]
+    went = [["step", "status", "seconds", ""], ["---"] * 4]
+    went += [[s["name"], s["status"], f"{s['seconds']:g}", s["note"].replace("|", "/")] for s in found["steps"]]
+    runs = [run for run in found["runs"] if run["rows"]]
+    parts = [f"# {machine.line(found['machine'])}"]
+    if found["scale"] != "full":
+        parts += ["A dry run with toy sizes on a CPU: it proves the script and measures nothing."]
+    parts += ["\n".join(map(_cells, goals))]
+    parts += ["## One layer: forward / backward, multiples of the frozen layer's", lora_linear(runs, ALL)]
+    parts += ["## One training step: multiples of the frozen step", train_step(runs, ALL)]
+    parts += ["\n".join(lines) for lines in (_clocks(found), _without_figures(found["runs"])) if lines]
+    parts += ["## Steps", "\n".join(map(_cells, went))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _clocks(found: dict) -> list[str]:
+    """What the card did while something was measured."""
+    units = {"sm_mhz": ("MHz", "most_sm_mhz"), "watts": ("W", "most_watts"), "celsius": ("°C", "")}
+    lines = []
+    for step in found["steps"]:
+        if step["name"] not in ("lora_linear", "train_step") or "clocks" not in step:
+            continue
+        parts = []
+        for name, (unit, limit) in units.items():
+            if name in step["clocks"]:
+                low, mid, high = step["clocks"][name]
+                most = f" of {found['limits'][limit]:g}" if limit in found.get("limits", {}) else ""
+                parts.append(f"{mid:g} {unit} ({low:g}–{high:g}{most})")
+        lines.append(f"- clocks during {step['name']}: {', '.join(parts)}")
+    return lines
+
+
+def _without_figures(runs: list[dict]) -> list[str]:
+    """Rows and providers that a reader may miss, with the reason."""
+    lines = []
+    for run in runs:
+        lines += [f"- no time for or no room: {title}" for title in run.get("skipped", ())]
+        lines += [f"- refused: {r['title']}: {' '.join(r['reason'].split())}" for r in run.get("refused", ())]
+        lines += [f"- {why}" for why in run.get("kernel_failures", ())]
+        for row in run["rows"]:
+            left = row.get("left_out", {}).items()
+            # ours are among the refused
+            lines += [f"- {row['title']}: without {n}: {' '.join(w.split())}" for n, w in left if "peft_fast" not in n]
+            if "starved" in row:
+                lines += [f"- {row['title']}: the GPU waited for the host in {', '.join(row['starved'])}"]
+    return ["## Without figures", "", *lines] if lines else []
 
 
 def documents(folder: Path = RESULTS) -> list[dict]:
@@ -32,20 +97,20 @@ def documents(folder: Path = RESULTS) -> list[dict]:
     return [run for run in found if run["scale"] == "full" and run["rows"]]
 
 
-def train_step(runs: list[dict]) -> str:
+def train_step(runs: list[dict], titles: dict[str, str] = TITLES) -> str:
     """Rows: model, dtype, dropout. Figures: multiples of the frozen step, speed-up, saved MiB."""
-    return _section("train_step", runs, _train_head, _train_row)
+    return _section("train_step", runs, _train_head, _train_row, titles)
 
 
-def lora_linear(runs: list[dict]) -> str:
+def lora_linear(runs: list[dict], titles: dict[str, str] = TITLES) -> str:
     """Rows: shape, dtype, threads, dropout. Figures: forward / backward, multiples of the frozen layer's."""
-    return _section("lora_linear", runs, _layer_head, _layer_row)
+    return _section("lora_linear", runs, _layer_head, _layer_row, titles)
 
 
-def _section(bench: str, runs: list[dict], head: Callable, line: Callable) -> str:
+def _section(bench: str, runs: list[dict], head: Callable, line: Callable, titles: dict[str, str] = TITLES) -> str:
     parts = []
     for run in (r for r in runs if r["bench"] == bench):
-        names = [n for n in TITLES if any(n in row.get("providers", {}) for row in run["rows"])]
+        names = [n for n in titles if any(n in row.get("providers", {}) for row in run["rows"])]
         header = head(names)
         lines = [_cells(header), _cells(["---"] * len(header))]
         lines += [_cells(line(row, names)) for row in run["rows"] if "providers" in row]
@@ -54,22 +119,25 @@ def _section(bench: str, runs: list[dict], head: Callable, line: Callable) -> st
 
 
 def _train_head(names: list[str]) -> list[str]:
-    shown = [TITLES[n] for n in names]
+    shown = [ALL[n] for n in names]
     return ["model", "dtype", "dropout", *shown, "speed-up over stock [95 %]", "saved MiB: stock → peft_fast"]
 
 
 def _train_row(row: dict, names: list[str]) -> list[str]:
     s, providers = row["settings"], row["providers"]
-    speed = providers["peft_fast"]["total"]["speedup"]
-    saved = " → ".join(f"{row['bytes'][n]['saved'] / 2**20:.0f}" for n in ("stock", "peft_fast"))
+    speed = providers.get("peft_fast", {}).get("total", {}).get("speedup")
+    sizes = [row["bytes"][n]["saved"] for n in ("stock", "peft_fast") if n in row["bytes"]]
+    saved = " → ".join(f"{size / 2**20:.0f}" for size in sizes)
     ratios = [_bold(n, f"{providers[n]['total']['ratio'][0]:.2f}") if n in providers else "" for n in names]
-    label = s["model"] + ("" if row["aa"]["ok"] else " †")
-    speedup = f"**{speed[0]:.2f}×** [{speed[1]:.2f}, {speed[2]:.2f}]"
+    # of the largest, as many layers as fitted
+    label = s["model"] + (f", {s['layers']} layers" if s["model"] == "llama-3-8b-like" else "")
+    label += "" if row["aa"]["ok"] else " †"
+    speedup = f"**{speed[0]:.2f}×** [{speed[1]:.2f}, {speed[2]:.2f}]" if speed else ""
     return [label, s["dtype"], f"{s['p']:g}", *ratios, speedup, saved]
 
 
 def _layer_head(names: list[str]) -> list[str]:
-    return ["M × K × N", "r", "dtype", "threads", "dropout", *(TITLES[n] for n in names)]
+    return ["M × K × N", "r", "dtype", "threads", "dropout", *(ALL[n] for n in names)]
 
 
 def _layer_row(row: dict, names: list[str]) -> list[str]:

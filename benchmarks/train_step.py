@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -18,11 +19,12 @@ from peft_fast.errors import fail
 from . import gate, machine
 from .criterion import Verdict
 from .harness import Case, GateError, Options, Provider
-from .lora_linear import DTYPES, accelerate, draw_adapters
+from .lora_linear import DTYPES, accelerate, alone, draw_adapters
 
 RANK = 16
 # a whole network's rounding error is a draw of the same lottery as stock's, not the same ticket
 NETWORK_SLACK = 1.5
+JUDGED = 512  # tokens of the one sequence that is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,8 @@ MODELS = {
     "llama-like": Model("llama", 1024, 2816, 4, 16, 8, 8192, 4, 128),
 }
 GPU_MODELS = {
-    "llama-3-8b-like": Model("llama", 4096, 14336, 4, 32, 8, 32768, 4, 2048),
+    # as many of Llama-3-8B's layers as fit, up to what nine minutes have time for
+    "llama-3-8b-like": Model("llama", 4096, 14336, 8, 32, 8, 32768, 4, 2048),
     "bert-base": Model("bert", 768, 3072, 12, 12, 12, 30522, 32, 512),
 }
 
@@ -65,13 +68,44 @@ def cases(options: Options) -> list[Case]:
     dropouts = options.dropouts or ((0.0, 0.05) if full else (0.05,))
     rows = []
     chosen = options.models or names(options.device)
+    memory = _free_bytes() if gpu and full else math.inf
     for name, dtype, p, t in itertools.product(chosen, dtypes, dropouts, threads):
-        model = scaled({**MODELS, **GPU_MODELS}[name], options.scale)
-        settings = {"model": name, **dataclasses.asdict(model), "r": RANK, "dtype": dtype, "p": p}
-        title = f"{name} {model.batch}×{model.length} tokens r={RANK} {dtype} p={p:g} threads={t}"
-        build = partial(providers, model, dtype, p, torch.device(options.device))
-        rows.append(Case(title, settings, build, t, seconds=90.0 if full else 9.0))
+        model = fitting(scaled({**MODELS, **GPU_MODELS}[name], options.scale), memory)
+        rows.append(_case(name, model, dtype, p, t, options, seconds=90.0 if full and not gpu else 9.0))
+    if gpu:  # each model once with dropout first: time may end anywhere
+        rows.sort(key=lambda case: case.settings["p"] != dropouts[-1])
     return rows
+
+
+def _case(name: str, model: Model, dtype: str, p: float, t: int, options: Options, seconds: float) -> Case:
+    settings = {"model": name, **dataclasses.asdict(model), "r": RANK, "dtype": dtype, "p": p}
+    title = f"{name} {model.batch}×{model.length} tokens r={RANK} {dtype} p={p:g}"
+    build = partial(providers, model, dtype, p, torch.device(options.device))
+    smaller = None
+    if options.device != "cpu" and model.layers > 1:
+        half = dataclasses.replace(model, layers=model.layers // 2)
+        smaller = _case(name, half, dtype, p, t, options, seconds)
+    # on a GPU the number of layers is what fits, on a CPU the number of threads what there is
+    gpu = options.device != "cpu"
+    title = title.replace(name, f"{name} ({model.layers} layers)") if gpu else f"{title} threads={t}"
+    return Case(title, settings, build, t, seconds, smaller=smaller)
+
+
+def fitting(model: Model, memory: float) -> Model:
+    """The model with no more layers than `memory` bytes hold beside each other in all providers, at least one."""
+    width = model.hidden * (model.heads + model.kv_heads) // model.heads  # q and o, k and v
+    weights = 2 * model.hidden * width + (3 if model.family == "llama" else 2) * model.hidden * model.inner
+    inputs = (6 * model.hidden + model.inner) * model.batch * model.length  # of all linear layers
+    # base 2, full fine-tuning 8 and the float64 gate 8 bytes a weight; stock with dropout keeps 13 an input, and the
+    # rest of a layer about as many as that a hidden value
+    layer = 18 * weights + 13 * inputs + 13 * 16 * model.hidden * model.batch * model.length
+    head = 18 * 2 * model.vocab * model.hidden + 16 * model.vocab * model.batch * model.length
+    fit = (memory - head) / layer
+    return dataclasses.replace(model, layers=max(1, int(min(model.layers, fit))))
+
+
+def _free_bytes() -> float:
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.inf
 
 
 def scaled(model: Model, scale: str) -> Model:
@@ -110,19 +144,38 @@ def network(m: Model) -> nn.Module:
     return tf.LlamaForCausalLM(config)
 
 
+def placed(m: Model, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The network on the device; on a GPU drawn there, in its dtype: billions of weights take the CPU minutes."""
+    if device.type == "cpu":
+        return network(m).to(device, dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return network(m)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def providers(m: Model, dtype_name: str, p: float, device: torch.device) -> list[Provider]:
-    """frozen, full fine-tuning, stock, peft_fast, with adapters in fp32 and in the dtype; nothing shared."""
+    """frozen, full fine-tuning, stock, peft_fast, with adapters in fp32 and in the dtype.
+
+    On a CPU nothing is shared; on a GPU all but full fine-tuning share the frozen weights.
+    """
     dtype = DTYPES[dtype_name]
     torch.manual_seed(0)
-    base = network(m).to(device, dtype).train()
+    base = placed(m, dtype, device).train()
     ids = torch.randint(m.vocab, (m.batch, m.length), device=device)
     batch = {"input_ids": ids, "labels": ids[:, 0] % 2 if m.family == "bert" else ids}
     low = dtype != torch.float32
-    frozen = copy.deepcopy(base).requires_grad_(False)
+    full = copy.deepcopy(base)
+    frozen = _copy(base).requires_grad_(False)
     frozen.enable_input_require_grads()  # so that dx flows through every layer, as it does in LoRA training
-    rows = [_provider("frozen", frozen, batch), _provider("full", copy.deepcopy(base), batch)]
+    rows = [_provider("frozen", frozen, batch)]
+    rows += [_provider("full", full, batch)]
     stock = lora(base, m, p, fp32=True)
-    one = {k: v[:1] for k, v in batch.items()}
+    # float64 attention keeps length² numbers a head
+    one = {k: v[:1, :JUDGED] if v.dim() > 1 else v[:1] for k, v in batch.items()}
 
     @functools.cache
     def judges() -> tuple[dict, dict, dict]:
@@ -135,7 +188,7 @@ def providers(m: Model, dtype_name: str, p: float, device: torch.device) -> list
         accelerate(fast)
         name = "peft_fast" if fp32 else f"peft_fast {dtype_name}"
         rows.append(_provider(name, fast, batch, partial(verdicts, fast, judges, dtype)))
-    return rows
+    return rows if device.type == "cpu" else alone(rows)
 
 
 def lora(base: nn.Module, m: Model, p: float, fp32: bool) -> nn.Module:
@@ -149,9 +202,15 @@ def lora(base: nn.Module, m: Model, p: float, fp32: bool) -> nn.Module:
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers, not the user's
-        model = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=fp32).train()
+        model = get_peft_model(_copy(base), config, autocast_adapter_dtype=fp32).train()
     draw_adapters(model)
     return model
+
+
+def _copy(base: nn.Module) -> nn.Module:
+    """Modules of its own; on a GPU around the same weights, which nobody trains."""
+    shared = {id(w): w for w in base.parameters() if w.device.type != "cpu"}
+    return copy.deepcopy(base, shared)
 
 
 def _provider(name: str, model: nn.Module, batch: dict, gate: Callable | None = None) -> Provider:
@@ -171,7 +230,7 @@ def _provider(name: str, model: nn.Module, batch: dict, gate: Callable | None = 
         optimizer.zero_grad()
 
     phases = {"forward": forward, "backward": backward, **({"update": update} if trained else {})}
-    return Provider(name, phases, [*model.parameters(), *model.buffers()], gate)
+    return Provider(name, phases, [*model.parameters(), *model.buffers()], gate, backlog=0.0)
 
 
 def results(model: nn.Module, batch: dict) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ PROG = "python -m peft_fast"
 COMMANDS = {
     "doctor": "what is installed, which backends are live, and what to do about the others",
     "build": "compile the C++ kernels, with a log",
+    "tune": "time the GPU kernels' tiles and plans on this GPU, and keep the fastest",
     "run": "run an unmodified training script with every PEFT model accelerated",
     "demo": "fine-tune a real model twice, stock PEFT and peft_fast, and write a report",
     "bench": "time peft_fast against stock PEFT, the frozen model and full fine-tuning",

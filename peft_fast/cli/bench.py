@@ -52,9 +52,11 @@ def _parser(prog_name: str) -> argparse.ArgumentParser:
     add("--dropout", type=_words, default=(), metavar="P,Q", help="LoRA dropout, e.g. 0,0.05")
     add("--threads", type=_words, default=(), metavar="N,M", help="intra-op threads")
     add("--repeats", type=int, default=0, metavar="N", help="rounds per row")
-    add("--device", default="cpu", help="cpu or cuda")
+    add("--device", default="", help="cpu or cuda (default: cuda where torch has a GPU)")
     add("--minutes", type=float, default=0.0, metavar="M", help="start no further row after this long")
     add("--gate-only", action="store_true", help="check correctness, time nothing")
+    add("--peers", action="store_true", help="also other projects' functions, where they import")
+    add("--without", type=_words, default=(), metavar="A,B", help="plans not to measure, e.g. 'cuda fused'")
     add("--check", action="store_true", help="table: fail if README is not up to date, change nothing")
     return parser
 
@@ -63,7 +65,7 @@ def _bench(given: argparse.Namespace, prog_name: str) -> int:
     bench = importlib.import_module(f"peft_fast.benchmarks.{given.name}")
     harness = importlib.import_module("peft_fast.benchmarks.harness")
     show = importlib.import_module("peft_fast.benchmarks.show").best()
-    _device(given.device)
+    given.device = _device(given.device)
     for model in given.model:
         _one_of("model", model, bench.names(given.device), prog_name)
     for dtype in given.dtype:
@@ -81,6 +83,8 @@ def _bench(given: argparse.Namespace, prog_name: str) -> int:
         repeats=given.repeats,
         deadline=time.monotonic() + given.minutes * 60 if given.minutes else float("inf"),
         gate_only=given.gate_only,
+        peers=given.peers,
+        without=given.without,
     )
     for path in (given.json, given.plot):
         if path and path.is_dir():
@@ -90,6 +94,12 @@ def _bench(given: argparse.Namespace, prog_name: str) -> int:
         document = harness.run(given.name, bench.cases(options), options, show, given.json)
     for title in document["skipped"]:
         print(f"not measured: {title}")
+    for row in document["refused"]:
+        print(f"refused: {row['title']}")
+    for why in document.get("kernel_failures", ()):
+        print(f"note: {why}")
+    if given.device != "cpu" and not given.gate_only:
+        show.targets(importlib.import_module("peft_fast.benchmarks.targets").judge([document]))
     if given.json:
         print(f"\nwrote {given.json}")
     if given.plot and not given.gate_only:
@@ -103,7 +113,9 @@ def _plot(document: dict, path: Path) -> None:
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        print(f"no {path.name}: matplotlib is not installed (`pip install matplotlib`)")
+        print(
+            f"no {path.name}: matplotlib is not installed; where it is: python -m peft_fast.benchmarks.plots FILE.json"
+        )
     else:
         print(f"wrote {path}")
 
@@ -118,11 +130,12 @@ def _table(check: bool) -> int:
     return 0
 
 
-def _device(name: str) -> None:
+def _device(name: str) -> str:
     import torch
 
-    if name == "cpu" or (name == "cuda" and torch.cuda.is_available()):
-        return
+    gpu = torch.cuda.is_available()
+    if name in ("", "cpu") or (name == "cuda" and gpu):
+        return name or ("cuda" if gpu else "cpu")
     do = "run `python -m peft_fast doctor`"
     fail(DeviceError, f"--device {name}", "cpu, or cuda where torch has a GPU", do)
 

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import math
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def _options(prog_name: str, args: list[str]) -> argparse.Namespace:
 def _folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "demo.json").touch()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         fail(
             SettingsError,

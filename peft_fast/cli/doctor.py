@@ -9,10 +9,9 @@ import json
 import os
 import platform
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
+from peft_fast.cli import gpu
 from peft_fast.errors import PeftFastError, UnsupportedError, fail
 
 NEEDED = {
@@ -20,8 +19,9 @@ NEEDED = {
     "transformers": ("5", "to fine-tune its models"),
     "peft": ("0.19", "to have adapters at all"),
     "accelerate": ("1", "for the Trainer"),
-    "triton": ("", "nothing: this version has no Triton kernels"),
+    "triton": ("3.6", "for the kernels on a GPU"),
 }
+WITHOUT_GPU = {"triton"}  # not needed where torch sees none
 CPU_FLAGS = {
     "avx2": ("avx2", "fma", "f16c"),
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
@@ -37,12 +37,16 @@ def app(args: list[str], prog_name: str) -> int:
     options = parser.parse_args(args)
     if importlib.util.find_spec("torch") is None:
         fail(UnsupportedError, "a Python without torch", "torch >= 2.11", "run `pip install 'torch>=2.11'`")
+    from peft_fast import settings
+
+    wrong = settings.set_aside()
     report = gather()
+    report["to_do"] = wrong + report["to_do"]
     if options.json:
         print(json.dumps(report, indent=1))
     else:
         show(report)
-    return 0
+    return 1 if wrong else 0
 
 
 def gather() -> dict:
@@ -52,6 +56,7 @@ def gather() -> dict:
         "machine": machine(),
         "extension": extension(),
         "backends": backends(),
+        "gpu_kernels": gpu.facts(),
         "peft_forward": peft_forward(),
         "settings": settings_rows(),
     }
@@ -75,10 +80,17 @@ def versions() -> list[dict]:
         except importlib.metadata.PackageNotFoundError:
             version = None
         ok = bool(version) and _numbers(version) >= _numbers(least) if least else True
+        ok = ok or (name in WITHOUT_GPU and not _sees_gpu())
         rows.append({"name": name, "version": version, "needs": least, "ok": ok, "for": purpose})
     from peft_fast import __version__
 
     return [{"name": "peft_fast", "version": __version__, "needs": "", "ok": True, "for": ""}, *rows]
+
+
+def _sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _cpuinfo() -> tuple[str, set[str]]:
@@ -90,18 +102,6 @@ def _cpuinfo() -> tuple[str, set[str]]:
     model = re.search(r"model name\s*:\s*(.+)", text)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     return model.group(1) if model else platform.machine(), set(flags.group(1).split()) if flags else set()
-
-
-def _gpus() -> list[str]:
-    """name, driver, memory of each NVIDIA GPU the driver shows; empty without one."""
-    if not shutil.which("nvidia-smi"):
-        return []
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
 def machine() -> dict:
@@ -124,9 +124,7 @@ def machine() -> dict:
         "isa_found": [name for name in CPU_FLAGS if has.get(name)],
         "isa_used": native.isa(),
         "torch_threads": torch.get_num_threads(),
-        "gpus": _gpus(),
-        "torch_cuda": torch.version.cuda,
-        "torch_sees_gpu": torch.cuda.is_available(),
+        **gpu.machine(),
     }
 
 
@@ -196,9 +194,7 @@ def to_do(report: dict) -> list[str]:
         todo.append(f"every call goes to PEFT itself, because {report['peft_forward']['why']}")
     if any(row["name"] == "disable" and row["value"] == "True" for row in report["settings"]):
         todo.append("PEFT_FAST_DISABLE is set, so nothing is accelerated: unset it")
-    if report["machine"]["gpus"] and not report["machine"]["torch_sees_gpu"]:
-        todo.append("there is a GPU, but this torch cannot use it: install a CUDA build of torch")
-    return todo
+    return todo + gpu.to_do(report)
 
 
 # ---- how it looks
@@ -211,12 +207,15 @@ def tables(report: dict) -> list[Table]:
     machine, extension = report["machine"], report["extension"]
     build = extension["build"]
     found = ", ".join(machine["isa_found"]) or "none beyond the portable code"
-    gpus = "; ".join(machine["gpus"]) or "none"
+    gpus = "; ".join(machine["gpus"]) or ("a card without a driver" if machine["gpu_cards"] else "none")
     state = {True: "loaded", False: "not loaded"}[extension["loads"]]
     ext = [("state", state if extension["loads"] else f"{state}: {extension['why_not']}")]
     if build:
         ext += [("built", f"{build['date']}, Python {build['python']}, torch {build.get('torch', 'not found')}")]
         ext += [("compiler", build.get("compiler_version", "none"))]
+    if cuda := build.get("cuda"):
+        made = "for {}, and PTX {} for later ones".format(cuda["archs"].replace(";", ", "), cuda.get("ptx"))
+        ext += [("CUDA kernels", made if cuda["archs"] else f"none: {cuda['reason']}")]
     if extension["loads"]:
         ext += [("sources", "changed since: build again" if extension["sources_changed"] else "the same as built")]
     known = {True: "known", False: "not known", None: "cannot be seen"}[report["peft_forward"]["known"]]
@@ -238,6 +237,7 @@ def tables(report: dict) -> list[Table]:
                 ("system", machine["system"]),
             ],
         ),
+        *gpu.table(report["gpu_kernels"]),
         ("C++ kernels", ("", ""), ext),
         (
             "backends, in the order they are tried",
@@ -299,8 +299,12 @@ def show(report: dict) -> None:
 def _coloured(cell: str):
     from rich.text import Text
 
-    bad = cell in ("off",) or cell.endswith(" !") or cell.startswith(("not loaded", "not known", "changed since"))
-    good = cell in ("live", "loaded") or cell.startswith("known")
+    bad = (
+        cell in ("off",)
+        or cell.endswith(" !")
+        or cell.startswith(("not loaded", "not known", "changed since", "failed"))
+    )
+    good = cell in ("live", "loaded", "agrees") or cell.startswith("known")
     return Text(cell, style="red" if bad else "green" if good else "")
 
 

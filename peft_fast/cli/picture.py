@@ -51,7 +51,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         figure.text(
             0.028,
             0.884,
-            f"{digest.what(result)}\n{digest.where(result)}",
+            f"{digest.what(result)}\n{digest.where(result)} · above: median over turns, below: whole runs",
             fontsize=12.5,
             color=SOFT,
             va="center",

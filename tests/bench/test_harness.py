@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
-from peft_fast.benchmarks.criterion import Verdict
 
 from peft_fast.benchmarks import harness, show
+from peft_fast.benchmarks.criterion import Verdict
 from peft_fast.errors import DataError, PeftFastError
 
 TINY = harness.Options(scale="tiny")

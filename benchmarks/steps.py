@@ -1,0 +1,143 @@
+"""What `make gpu` runs, step by step: command lines as data, or the reason why a step has nothing to run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from . import machine, peers
+
+ROOT = Path(__file__).resolve().parent.parent
+# share of the budget after which each step must have ended; what one leaves, the next may use
+ENDS = {
+    "build": 0.17,
+    "plans": 0.26,
+    "doctor": 0.30,
+    "gate": 0.33,
+    "contract": 0.44,
+    "ops": 0.48,
+    "memcheck": 0.52,
+    "racecheck": 0.55,
+    "tune": 0.63,
+    "lora_linear": 0.82,
+    "peers": 0.84,
+    "train_step": 0.97,
+}
+# these take --minutes and end by themselves
+TIMED = ("plans", "gate", "memcheck", "racecheck", "tune", "lora_linear", "peers", "train_step")
+UNSEEN = {"racecheck": ("cuda fused",)}  # it does not know what the hardware copies by itself
+# about the CPU alone: its instruction sets, the address of its packed weights, its clock
+CPU_TESTS = ("test_amx.py", "test_weights.py", "test_timing.py")
+MOST_WORKERS = 14  # each has a context on the GPU
+
+
+class Step(NamedTuple):
+    """A command line, or in `skip` why there is none; `extra` variables for its environment."""
+
+    name: str
+    command: list[str]
+    skip: str = ""
+    extra: dict[str, str] = {}  # noqa: RUF012
+
+
+def steps(out: Path, stem: str, dry_run: bool) -> list[Step]:
+    """The steps in order. A dry run has the same ones with toy sizes, kernels in Triton's interpreter."""
+    interpreted = {"TRITON_INTERPRET": "1"} if dry_run and importlib.util.find_spec("triton") else {}
+    sized = ["--device", "cpu", "--tiny"] if dry_run else ["--device", "cuda"]
+    bench = ["-m", "peft_fast", "bench"]
+
+    def results(step: str, op: str) -> list[str]:
+        part = out / f"{stem}-{step}"
+        return [*bench, op, *sized, "--json", f"{part}.json", "--plot", f"{part}.png"]
+
+    # this GPU's architecture alone: the others are compiled where there is no hurry
+    arch = {} if dry_run else {"PEFT_FAST_CUDA_ARCHS": "native"}
+    # bfloat16, the dtype that is measured, is judged there; the interpreter has it wrong
+    few = ["--dtype", "fp16", "--repeats", "2"] if dry_run else []
+    half = ["--dtype", "fp16,fp32", "--dropout", "0.05", "--model", "square"]
+    others = peers.installed()
+    return [
+        Step("build", ["-m", "peft_fast.build", "--if-possible"], extra=arch),
+        _plans(out / f"{stem}-plans.json", dry_run, interpreted),
+        Step("doctor", ["-m", "peft_fast", "doctor"]),
+        Step("gate", [*bench, "lora_linear", *sized, "--gate-only", *half]),
+        _tests("contract", ["tests/ops/test_contract.py"], dry_run, interpreted),
+        _tests("ops", ["tests/ops", *(f"--ignore=tests/ops/{n}" for n in ("test_contract.py", *CPU_TESTS))], dry_run),
+        _sanitizer("memcheck", dry_run, interpreted),
+        _sanitizer("racecheck", dry_run, interpreted),
+        _tune(out / f"{stem}-tune.json", interpreted, dry_run),
+        Step("lora_linear", [*results("lora_linear", "lora_linear"), *few], extra=interpreted),
+        Step(
+            "peers",
+            [*results("peers", "lora_linear"), "--peers", "--model", "square"],
+            "" if others else f"none of {', '.join(peers.FUNCTIONS)} is installed",
+        ),
+        Step("train_step", results("train_step", "train_step")),
+    ]
+
+
+def without(step: Step, broken: list[str]) -> list[str]:
+    """The end of a command line that leaves broken plans, "cuda fused", out of a step."""
+    broken = list(dict.fromkeys([*broken, *UNSEEN.get(step.name, ())]))
+    if not broken:
+        return []
+    if step.name in ("contract", "ops"):
+        return ["-k", " and ".join(f"not {plan.replace(' ', '-')}" for plan in broken)]
+    named = ("gate", "memcheck", "racecheck", "lora_linear", "peers")
+    return ["--without", ",".join(broken)] if step.name in named else []
+
+
+def _plans(part: Path, dry_run: bool, interpreted: dict[str, str]) -> Step:
+    """Every plan in a process of its own, before anything that a broken one could break."""
+    device = ["--device", "cpu"] if dry_run else []
+    return Step("plans", ["-m", "peft_fast.benchmarks.plans", *device, "--json", str(part)], extra=interpreted)
+
+
+def _tests(name: str, what: list[str], dry_run: bool, interpreted: dict[str, str] | None = None) -> Step:
+    """A part of the test-suite on the device: every plan and dtype that is live there."""
+    if not (ROOT / "tests" / "ops").is_dir():
+        return Step(name, [], "the tests are in a clone of the repository, not in an installed package")
+    if not importlib.util.find_spec("pytest"):
+        return Step(name, [], "pytest is not installed")
+    # not the project's own options: they need plugins that a GPU machine may not have
+    command = ["-m", "pytest", *what, "-q", "-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    command += ["--maxfail=20", "-m", "not slow"]
+    if dry_run:
+        few = "f32-rank_16-torch or f32-rank_16-triton" if name == "contract" else "manual_seed_reproduces"
+        return Step(name, [*command, "-k", few], extra=interpreted or {})
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(MOST_WORKERS, machine.cores()))]
+    # what one worker compiles the others need not; the variable is for what is imported before the option is read
+    cache = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
+    return Step(name, [*command, "--device", "cuda"], extra={"TESTS_DEVICE": "cuda", "TRITON_CACHE_DIR": cache})
+
+
+def _tune(part: Path, interpreted: dict[str, str], dry_run: bool) -> Step:
+    command = ["-m", "peft_fast", "tune", "--json", str(part)]
+    if not importlib.util.find_spec("triton"):
+        return Step("tune", command, "triton is not installed")
+    return Step("tune", [*command, *(["--dry-run"] if dry_run else [])], extra=interpreted)
+
+
+def _sanitizer(tool: str, dry_run: bool, interpreted: dict[str, str]) -> Step:
+    """compute-sanitizer over a few awkward calls of each backend and plan."""
+    subset = ["-m", "peft_fast.benchmarks.sanitize"]
+    if dry_run:
+        skip = "" if tool == "memcheck" else "a dry run has no GPU"
+        return Step(tool, [*subset, "--device", "cpu"], skip, interpreted)
+    places = (shutil.which("compute-sanitizer"), *(p / "bin" / "compute-sanitizer" for p in _cuda_homes()))
+    found = next((str(place) for place in places if place and Path(place).is_file()), None)
+    if not found:
+        return Step(tool, [], "compute-sanitizer is not installed (it comes with the CUDA toolkit)")
+    options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+    # memory that torch's allocator hands out again would hide what is read after its end
+    return Step(tool, [found, *options, sys.executable, *subset], extra={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def _cuda_homes() -> list[Path]:
+    nvcc = shutil.which("nvcc")
+    return [*([Path(nvcc).resolve().parent.parent] if nvcc else []), Path("/usr/local/cuda")]

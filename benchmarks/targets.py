@@ -1,0 +1,98 @@
+"""The GPU targets, judged on a document's rows: met, missed, or not measured; a figure and the row it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from .shapes import GPU_SQUARE
+
+LIMIT, AIM = 1.10, 1.06  # adapted / frozen at the headline shape
+# ours -> the stock PEFT with adapters of the same dtype
+PAIRS = {"peft_fast": "stock", "peft_fast bf16": "stock bf16", "peft_fast fp16": "stock fp16"}
+
+
+class Target(NamedTuple):
+    """`met` is None where nothing was measured that it speaks of."""
+
+    name: str
+    need: str
+    found: str
+    met: bool | None
+
+    @property
+    def word(self) -> str:
+        return {True: "met", False: "missed", None: "not measured"}[self.met]
+
+
+def judge(runs: Sequence[dict]) -> list[Target]:
+    """The targets of a set of documents, layers first."""
+    layers = [row for run in runs if run["bench"] == "lora_linear" for row in run["rows"] if "providers" in row]
+    steps = [row for run in runs if run["bench"] == "train_step" for row in run["rows"] if "providers" in row]
+    M, K, N = GPU_SQUARE
+    usual = [row for row in layers if _is(row, r=16)]  # more ranks are more arithmetic, however they are computed
+    headline = [row for row in usual if _is(row, M=M, K=K, N=N)]
+    where = f"adapted / frozen, M={M} K={K} N={N} r=16"
+    return [
+        _worst(where, headline, LIMIT),
+        _worst(f"{where}, the aim", headline, AIM),
+        _worst("adapted / frozen, every layer with r=16", usual, AIM),
+        _worst("adapted / frozen, a whole model forward and backward", steps, AIM),
+        _slower("never slower than stock: layers", layers),
+        _slower("never slower than stock: training steps", steps),
+        _slower("the host launches a layer no slower than stock's", layers, "cpu_ms"),
+    ]
+
+
+def lines(found: Sequence[Target]) -> list[list[str]]:
+    """One row of cells a target, for any table."""
+    return [[target.name, target.need, target.found, target.word] for target in found]
+
+
+def _is(row: dict, **settings: int) -> bool:
+    return all(row["settings"].get(name) == value for name, value in settings.items())
+
+
+def _ours(rows: Sequence[dict]) -> Iterator[tuple[dict, str]]:
+    return ((row, name) for row in rows for name in PAIRS if name in row["providers"])
+
+
+def _worst(name: str, rows: Sequence[dict], limit: float) -> Target:
+    """The largest ratio to frozen of what dispatch runs, forward and backward together."""
+    ratios = [(_ratio(row["providers"], ours), _label(row, ours)) for row, ours in _ours(rows)]
+    if not ratios:
+        return Target(name, f"<= {limit:.2f}", "", None)
+    kept = sum(ratio <= limit for ratio, _ in ratios)
+    worst, label = max(ratios)
+    many = f"{kept} of {len(ratios)}; " if len(ratios) > 1 else ""
+    return Target(name, f"<= {limit:.2f}", f"{many}worst {worst:.3f} ({label})", kept == len(ratios))
+
+
+def _ratio(providers: dict, ours: str) -> float:
+    """Without the optimizer's update, of which the frozen model has none."""
+    if "update" not in providers[ours]:
+        return providers[ours]["total"]["ratio"][0]
+    mine, frozen = (sum(providers[n][phase]["ms"] for phase in ("forward", "backward")) for n in (ours, "frozen"))
+    return mine / frozen
+
+
+def _slower(name: str, rows: Sequence[dict], time: str = "ms") -> Target:
+    """The least stock / ours, by medians, each of ours against the stock with adapters of the same dtype."""
+    speeds = []
+    for row, ours in _ours(rows):
+        stock = row["providers"].get(PAIRS[ours])
+        if stock:
+            least = 1e-4  # milliseconds: a document has no more digits
+            theirs, mine = (max(p["total"][time], least) for p in (stock, row["providers"][ours]))
+            speeds.append((theirs / mine, _label(row, ours)))
+    if not speeds:
+        return Target(name, ">= 1.00", "", None)
+    kept = sum(speed >= 1 for speed, _ in speeds)
+    least, label = min(speeds)
+    return Target(name, ">= 1.00", f"{kept} of {len(speeds)}; least {least:.3f} ({label})", kept == len(speeds))
+
+
+def _label(row: dict, name: str) -> str:
+    s = row["settings"]
+    what = f"{s['M']}×{s['K']}×{s['N']} r={s['r']}" if "M" in s else s["model"]
+    return f"{name}, {what} p={s['p']:g}"

@@ -1,0 +1,121 @@
+"""A GPU's record: its targets judged, its page, and its place among README's results."""
+
+import pytest
+
+from peft_fast.benchmarks import gpu, harness, plots, shapes, table, targets
+
+MACHINE = {
+    **{"cpu": "Toy", "cores": 1, "flags": [], "torch_isa": "AVX2", "date": "2026-01-31"},
+    "gpu": {"name": "NVIDIA H200"},
+    "packages": {"torch": "2", "peft": "0", "transformers": "5"},
+}
+
+
+def figures(ratio, ms=1.0):
+    one = {"ms": ms, "cpu_ms": ms, "ratio": [ratio] * 3, "speedup": [1.0] * 3}
+    return {"forward": one, "backward": one, "total": one}
+
+
+def layer_row(ours, stock=2.0, **settings):
+    shape = dict(zip("MKN", shapes.GPU_SQUARE, strict=True))
+    return {
+        "settings": {**shape, "r": 16, "p": 0.05, "dtype": "bf16", "threads": 1, "model": "square", **settings},
+        "aa": {"ratio": [1.0] * 3, "ok": True},
+        "providers": {"stock": figures(stock, stock), "peft_fast": figures(ours, ours)},
+        "bytes": {},
+    }
+
+
+def document(bench, *rows):
+    return {"schema": harness.SCHEMA, "bench": bench, "scale": "full", "rows": list(rows), "machine": MACHINE}
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([], "?? ?? ?? ?"),
+        ([layer_row(1.05)], "++ +? +? +"),
+        ([layer_row(1.05), layer_row(1.08, p=0.0)], "+- -? +? +"),
+        ([layer_row(1.05), layer_row(1.2, M=512)], "++ -? +? +"),
+        ([layer_row(1.05), layer_row(1.2, r=256)], "++ +? +? +"),
+        ([layer_row(1.2, stock=1.1)], "-- -? -? -"),
+    ],
+)
+def test_targets(rows, words):
+    word = {"+": "met", "-": "missed", "?": "not measured"}
+    found = [target.word for target in targets.judge([document("lora_linear", *rows)])]
+    assert found == [word[letter] for letter in words.replace(" ", "")]
+
+
+def test_a_target_names_the_worst_row():
+    step = {**layer_row(1.3, stock=1.2), "settings": {"model": "llama-3-8b-like", "p": 0.0}}
+    # the optimizer's update is not the layers' work
+    phases = {name: {"forward": {"ms": a}, "backward": {"ms": b}} for name, a, b in (("frozen", 4, 6), ("ours", 4, 7))}
+    step["providers"]["peft_fast"] |= {**phases["ours"], "update": {"ms": 5.0}}
+    step["providers"]["frozen"] = phases["frozen"]
+    found = targets.judge([document("lora_linear", layer_row(1.04), layer_row(1.3)), document("train_step", step)])
+    assert found[0].found == "1 of 2; worst 1.300 (peft_fast, 8192×4096×4096 r=16 p=0.05)"
+    assert found[3].found == "worst 1.100 (peft_fast, llama-3-8b-like p=0)" and found[3].word == "missed"
+    assert found[5].found == "0 of 1; least 0.923 (peft_fast, llama-3-8b-like p=0)"
+
+
+def test_a_record_does_not_disturb_bench_table(tmp_path):
+    run = document("lora_linear", layer_row(1.05))
+    steps = [{"name": "peers", "status": "skipped", "rc": 0, "seconds": 0.0, "note": "a | b"}]
+    record = {"schema": harness.SCHEMA, "bench": "gpu", "scale": "full", "machine": MACHINE, "steps": steps, "runs": []}
+    for runs in ([], [run], [{**run, "rows": []}]):
+        gpu._write(tmp_path, "nvidia-h200-2026-01-31", {**record, "runs": runs})
+        found = table.documents(tmp_path)
+        assert found == [r for r in runs if r["rows"]]
+        markers = "".join(f"<!-- {name}:start --><!-- {name}:end -->" for name in table.SECTIONS)
+        text = table.render(markers, found)
+        assert table.render(text, found) == text
+    readme = tmp_path / "README.md"
+    gpu._write(tmp_path, "nvidia-h200-2026-01-31", {**record, "runs": [run]})
+    readme.write_text(markers)
+    assert not table.update(readme, tmp_path, check=True) and not table.update(readme, tmp_path)
+    assert table.update(readme, tmp_path, check=True) and "NVIDIA H200" in readme.read_text()
+    page = (tmp_path / "nvidia-h200-2026-01-31.md").read_text()
+    assert page.startswith("# NVIDIA H200") and "| peers | skipped | 0 | a / b |" in page and "1.05" in page
+
+
+def test_a_page_says_what_the_clocks_did_and_what_has_no_figures():
+    row = {**layer_row(1.05), "title": "a row", "starved": ["stock"]}
+    row["left_out"] = {"theirs": "Error: no", "peft_fast x": "y"}
+    run = {**document("lora_linear", row), "skipped": ["another"], "kernel_failures": ["a kernel failed"]}
+    run["refused"] = [{"title": "a row: peft_fast x", "reason": "given: y\nneeded: z"}]
+    clocks = {"sm_mhz": [1755.0, 1980.0, 1980.0], "watts": [200.0, 650.5, 699.0]}
+    done = {"name": "lora_linear", "status": "ok", "rc": 0, "seconds": 9.0, "note": "", "clocks": clocks}
+    record = {"machine": MACHINE, "scale": "full", "targets": [], "steps": [done], "limits": {"most_watts": 700.0}}
+    page = table.record({**record, "runs": [run]})
+    assert "clocks during lora_linear: 1980 MHz (1755–1980), 650.5 W (200–699 of 700)" in page
+    for line in (
+        "- no time for or no room: another",
+        "- refused: a row: peft_fast x: given: y needed: z",
+        "- a kernel failed",
+        "- a row: without theirs: Error: no",
+        "- a row: the GPU waited for the host in stock",
+    ):
+        assert line in page.splitlines()
+
+
+def test_a_row_without_stock_or_ours_is_still_a_row():
+    """On a GPU each provider is refused alone."""
+    row = {**layer_row(1.05), "title": "a row", "bytes": {"stock": {"saved": 2**20}}}
+    row["providers"] = {"stock": row["providers"]["stock"]}
+    step = {**row, "settings": {"model": "llama-3-8b-like", "layers": 8, "dtype": "bf16", "p": 0.0}}
+    found = [document("lora_linear", row), document("train_step", step)]
+    assert {target.word for target in targets.judge(found)} == {"not measured"}
+    assert "| llama-3-8b-like, 8 layers | bf16 | 0 | 2.00 |  | 1 |" in table.train_step(found)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_pictures_of_a_record_are_drawn_where_there_is_matplotlib(tmp_path, rows):
+    one = {**layer_row(1.05), "title": "a row", "baseline": "frozen"}
+    one["providers"]["a new plan"] = figures(9.0)  # without a colour of its own, and off the axis
+    record = {"schema": harness.SCHEMA, "runs": [document("lora_linear", *[one] * rows), document("train_step", one)]}
+    harness.write(tmp_path / "gpu.json", record)
+    assert plots.main([str(tmp_path / "gpu.json")]) == 0
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert [p.name for p in pictures] == ["gpu-lora_linear.png", "gpu-train_step.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
