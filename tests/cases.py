@@ -25,6 +25,11 @@ class Dtypes:
         """True where adapters have more bits than the activations they are computed with."""
         return self.adapter != self.compute
 
+    @property
+    def exact(self) -> bool:
+        """True where the adapters keep their own arithmetic without being told: float16 has too small a range."""
+        return self.mixed and self.compute == torch.float16 and self.autocast is None
+
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = {
@@ -34,6 +39,7 @@ DTYPES = {
     "bf16_f32_adapters": Dtypes(BF16, BF16, F32),
     "f16_f32_adapters": Dtypes(F16, F16, F32),
     "bf16_f32_adapters_autocast": Dtypes(BF16, BF16, F32, BF16),
+    "f16_f32_adapters_autocast": Dtypes(F16, F16, F32, F16),
     "bf16_f32_adapters_f32_x_autocast": Dtypes(BF16, F32, F32, BF16),
     "f32_autocast": Dtypes(F32, F32, F32, BF16),
     "f32_bf16_x_autocast": Dtypes(F32, BF16, F32, BF16),
@@ -57,6 +63,7 @@ class Case:
     transposed: bool = False
     base_trains: bool = False
     positive: bool = False  # all values of one sign, so that a bias in the rounding adds up
+    young: bool = False  # B and g as small as after a first step: s·g·B is far below float16's range
     layout: dict[str, str] = field(default_factory=dict, hash=False)
 
     @property
@@ -99,6 +106,7 @@ def _options() -> list[Case]:
         Case("no_adapter", ranks=(), p=(), scaling=(), bias=True),
         Case("tensor_scaling", tensor_scaling=True, p=(0.2,)),
         Case("positive", lead=(131,), positive=True, p=(0.1,), bias=True),
+        Case("young", lead=(67,), young=True, p=(0.1,)),
         Case("scaling_zero", scaling=(0.0,)),
         Case("scaling_negative", scaling=(-0.37,)),
         Case("two_adapters", ranks=(3, 16), p=(0.0, 0.0), scaling=(0.5, 3.0)),
@@ -161,7 +169,9 @@ EMPTY = [
 ]
 # situations other than the three that every case runs in see one plain, one dropped and one crowded case
 CORNERS = [
-    c for c in CASES if c.name in ("bias", "dropout_0.5", "three_adapters", "conv1d", "wider_than_a_tile", "rank_1")
+    c
+    for c in CASES
+    if c.name in ("bias", "dropout_0.5", "three_adapters", "conv1d", "wider_than_a_tile", "rank_1", "young")
 ]
 EVERYWHERE = ("f32", "bf16", "bf16_f32_adapters")
 
@@ -187,13 +197,13 @@ def place(values: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         view, buffer = _inside(values.permute(order).contiguous(), 0)
         return view.permute([order.index(i) for i in range(values.dim())]), buffer
     if kind == "columns":
-        buffer = torch.full((*shape[:-1], shape[-1] + 9), torch.nan, dtype=values.dtype)
+        buffer = torch.full((*shape[:-1], shape[-1] + 9), torch.nan, dtype=values.dtype, device=values.device)
         view = buffer[..., 5 : 5 + shape[-1]]
     elif kind == "rows":
-        buffer = torch.full((2 * shape[0] + 1, *shape[1:]), torch.nan, dtype=values.dtype)
+        buffer = torch.full((2 * shape[0] + 1, *shape[1:]), torch.nan, dtype=values.dtype, device=values.device)
         view = buffer[1::2]
     elif kind == "every_other":
-        buffer = torch.full((*shape[:-1], 2 * shape[-1] + 1), torch.nan, dtype=values.dtype)
+        buffer = torch.full((*shape[:-1], 2 * shape[-1] + 1), torch.nan, dtype=values.dtype, device=values.device)
         view = buffer[..., 1::2]
     else:
         return _inside(values, 1 if kind == "offset" else 0)
@@ -203,7 +213,7 @@ def place(values: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _inside(values: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
     # 64 elements keep the plain case as aligned as a fresh allocation; one more misaligns it for every vector
-    buffer = torch.full((values.numel() + 128 + offset,), torch.nan, dtype=values.dtype)
+    buffer = torch.full((values.numel() + 128 + offset,), torch.nan, dtype=values.dtype, device=values.device)
     view = buffer[64 + offset : 64 + offset + values.numel()].view(values.shape)
     view.copy_(values)
     return view, buffer

@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,13 +16,29 @@ import torch
 
 # a download is the one thing that tests share with the user: it is large and checked by its hash
 USER_CACHE = Path(os.environ.get("PEFT_FAST_CACHE") or "~/.cache/peft_fast").expanduser()
-# (PEFT_FAST_LIBRARY stays: a test runs this suite again on another build)
-for name in [name for name in os.environ if name.startswith("PEFT_FAST_") and name != "PEFT_FAST_LIBRARY"]:
+# a test runs this suite again on another build, and a build that a test starts in place makes what is there
+_KEPT = "PEFT_FAST_LIBRARY", "PEFT_FAST_CUDA_ARCHS"
+for name in [name for name in os.environ if name.startswith("PEFT_FAST_") and name not in _KEPT]:
     del os.environ[name]
 _scratch = tempfile.TemporaryDirectory(prefix="peft_fast-tests-", ignore_cleanup_errors=True)
 os.environ["PEFT_FAST_CACHE"] = _scratch.name
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path(_scratch.name) / "triton"))
 # the tests' models are small; the rule itself has tests of its own
 os.environ["PEFT_FAST_MIN_TOKENS"] = "0"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the numeric contract runs: cpu or cuda")
+
+
+def pytest_configure(config):
+    if (device := config.getoption("--device")) != "cpu":
+        # tests/numerics.py reads the first, cuBLAS the second, without which deterministic mode refuses it
+        os.environ["TESTS_DEVICE"] = device
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        numerics = sys.modules.get("tests.numerics")
+        if numerics and numerics.DEVICE.type != torch.device(device).type:
+            raise pytest.UsageError("a conftest.py imported tests.numerics before --device was read")
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,9 @@ from peft_fast.reference import lora_linear as reference
 from tests.cases import CASES, DTYPES, Case, Dtypes, place
 
 MOST_DRAWS = 32
+# `pytest --device cuda` moves the problems, stock and the truth to the GPU
+DEVICE = torch.device(os.environ.get("TESTS_DEVICE", "cpu"))
+GPU_BACKENDS = ("triton", "cuda")
 Tensors = dict[str, torch.Tensor]
 
 
@@ -58,7 +61,7 @@ class Provider(NamedTuple):
     @property
     def rounds_adapters(self) -> bool:
         """True where float32 A and B are rounded to the activations' dtype before any use (exact=False)."""
-        return self.backend == "torch" or self.isa in ("avx512_bf16", "amx")
+        return self.backend in ("torch", *GPU_BACKENDS) or self.isa in ("avx512_bf16", "amx")
 
 
 def isas() -> list[str]:
@@ -74,7 +77,9 @@ def isas() -> list[str]:
 def providers() -> list:
     """Every provider as a pytest parameter; one whose backend is not live is skipped with its reason."""
     found = [Provider("reference"), Provider("torch", "accumulate"), Provider("torch", "augmented")]
-    found += [Provider("cpu", isa=isa) for isa in isas()] or [Provider("cpu")]
+    if DEVICE.type == "cpu":
+        found += [Provider("cpu", isa=isa) for isa in isas()] or [Provider("cpu")]
+    found += gpu_providers()
     why = {name: reason for name, live, reason in dispatch.backends() if not live}
     required = os.environ.get("CI") == "true"
     return [
@@ -83,11 +88,24 @@ def providers() -> list:
     ]
 
 
+def gpu_providers() -> list[Provider]:
+    """The plans of the kernels that take tensors of DEVICE: on the CPU those of Triton, where it is interpreted."""
+    x = torch.empty(1, 1, device=DEVICE)
+    refusals = {"triton": dispatch.triton_refuses, "cuda": dispatch.cuda_refuses}
+    taking = [name for name in GPU_BACKENDS if not refusals[name](x, x.dtype, x)]
+    return [Provider(name, plan) for name in taking for plan in dispatch.BACKEND_PLANS[name]]
+
+
 def takes(provider: Provider, dtypes: Dtypes, exact: bool = False) -> str:
     """Why this provider does not serve these dtypes; empty when it does."""
+    x, W = torch.empty(1, 1, device=DEVICE), torch.empty(1, 1, dtype=dtypes.base, device=DEVICE)
+    exact = exact or dtypes.exact
+    if provider.backend in GPU_BACKENDS:
+        refuses = dispatch.triton_refuses if provider.backend == "triton" else dispatch.cuda_refuses
+        return refuses(x, dtypes.compute, W, [torch.empty(0, 1, dtype=dtypes.adapter, device=DEVICE)], exact)
     if provider.backend != "cpu" or not native.load():
         return ""  # a missing extension is not skipped here: providers() has decided on it
-    return dispatch.cpu_refuses(torch.empty(1, 1), dtypes.compute, torch.empty(1, 1, dtype=dtypes.base), exact=exact)
+    return dispatch.cpu_refuses(x, dtypes.compute, W, exact=exact)
 
 
 @dataclass
@@ -115,7 +133,7 @@ class Problem:
     ) -> Tensors:
         """forward(tensors) -> y, and the gradient of every tensor that wants one."""
         auto = self.dtypes.autocast
-        with torch.autocast("cpu", dtype=auto or torch.bfloat16, enabled=auto is not None and g is None):
+        with torch.autocast(DEVICE.type, dtype=auto or torch.bfloat16, enabled=auto is not None and g is None):
             y = forward(tensors)
         wanted = {name: t for name, t in tensors.items() if t.requires_grad}
         grads = torch.autograd.grad(y, list(wanted.values()), self.g if g is None else g, allow_unused=True)
@@ -137,8 +155,9 @@ def problem(case: Case, dtypes: Dtypes, draw: int = 0) -> Problem:
     buffers: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
     def make(name: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float, leaf: bool = True) -> torch.Tensor:
-        values = torch.randn(shape, generator=random, dtype=torch.float64) * scale
-        view, buffer = place((values.abs() if case.positive else values).to(dtype), kinds.get(name, "plain"))
+        values = torch.randn(shape, generator=random, dtype=torch.float64, device="cpu") * scale
+        values = (values.abs() if case.positive else values).to(dtype).to(DEVICE)
+        view, buffer = place(values, kinds.get(name, "plain"))
         buffers.append((buffer, _bits(buffer).clone(), buffer._version))
         return view.detach().requires_grad_(leaf)
 
@@ -151,12 +170,12 @@ def problem(case: Case, dtypes: Dtypes, draw: int = 0) -> Problem:
         t["bias"] = make("bias", (N,), dtypes.base, 1.0)
     for i, r in enumerate(case.ranks):
         t[f"A{i}"] = make("A", (r, K), dtypes.adapter, K**-0.5)
-        t[f"B{i}"] = make("B", (N, r), dtypes.adapter, r**-0.5)
+        t[f"B{i}"] = make("B", (N, r), dtypes.adapter, r**-0.5 * (1e-4 if case.young else 1.0))
         if case.adapter_bias:
             t[f"b{i}"] = make("b", (N,), dtypes.adapter, 0.5)
-    g = make("g", (*case.lead, N), dtypes.compute, 1.0, leaf=False)
+    g = make("g", (*case.lead, N), dtypes.compute, 1e-5 if case.young else 1.0, leaf=False)
     torch.manual_seed(seed)
-    seeds = draw_seed(len(case.ranks)) if any(case.p) else None
+    seeds = draw_seed(len(case.ranks), DEVICE) if any(case.p) else None
     masks = [dropout_mask(seeds[i], case.M, K, p).view(*case.lead, K) if p > 0 else None for i, p in enumerate(case.p)]
     return Problem(case, dtypes, t, g, buffers, seed, masks)
 
@@ -190,10 +209,19 @@ def peft_forward(t: Tensors, adapters: list[Adapter], masks: list, transposed: b
         x = x.to(a.A.dtype)
         dropped = x
         if keep is not None:
-            # nn.Dropout on the CPU: noise in x's dtype, divided by 1 - p, times x
-            dropped = x * (keep.to(x.dtype).div_(1 - a.p) if a.p < 1 else torch.zeros((), dtype=x.dtype))
+            dropped = _stock_dropout(x, keep, a.p)
         result = result + F.linear(F.linear(dropped, a.A), a.B, a.bias) * a.scaling
     return result.to(dtype)
+
+
+def _stock_dropout(x: torch.Tensor, keep: torch.Tensor, p: float) -> torch.Tensor:
+    if p >= 1:
+        return x * 0
+    if x.is_cuda:
+        # one kernel, which scales in float32 and rounds once
+        return torch.where(keep, x.to(torch.promote_types(x.dtype, torch.float32)) * (1 / (1 - p)), 0).to(x.dtype)
+    # on the CPU: noise in x's dtype, divided by 1 - p, times x
+    return x * keep.to(x.dtype).div_(1 - p)
 
 
 def truth(problem: Problem, round_adapters: bool = False) -> Tensors:
@@ -267,7 +295,8 @@ def verdicts(
 def default_verdicts(provider: Provider, case: Case, dtypes: str) -> dict[str, Verdict]:
     """The contract of the default mode: adapters rounded for the truth too where this provider rounds them."""
     with provider.active():
-        return verdicts(provider, case, dtypes, DTYPES[dtypes].mixed and provider.rounds_adapters)
+        rounded = DTYPES[dtypes].mixed and not DTYPES[dtypes].exact and provider.rounds_adapters
+        return verdicts(provider, case, dtypes, rounded)
 
 
 def failures(found: dict[str, Verdict]) -> dict[str, str]:
@@ -286,6 +315,16 @@ def poisoned() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(flags[0])
         torch.utils.deterministic.fill_uninitialized_memory = flags[1]
+
+
+def rng_state() -> torch.Tensor:
+    """State of the generator that draws the seeds."""
+    return torch.get_rng_state() if DEVICE.type == "cpu" else torch.cuda.get_rng_state()
+
+
+def set_rng_state(state: torch.Tensor) -> None:
+    """Brings a state back."""
+    torch.set_rng_state(state) if DEVICE.type == "cpu" else torch.cuda.set_rng_state(state)
 
 
 def by_name(name: str) -> Case:

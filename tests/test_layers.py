@@ -29,14 +29,19 @@ LAW = {
     "peft_fast/errors.py": (set(), set()),
     "peft_fast/settings.py": (set(), {"peft_fast.errors"}),
     "peft_fast/build.py": (set(), set()),
+    "peft_fast/build_cuda.py": (set(), set()),
+    "peft_fast/build_steps.py": (set(), set()),
     "peft_fast/native.py": ({"torch"}, {"peft_fast.settings", "peft_fast.errors", "peft_fast.backends"}),
     "peft_fast/dispatch.py": (
         {"torch"},
         {"peft_fast." + m for m in ("settings", "errors", "native", "reference", "backends")},
     ),
     "peft_fast/backends": (
-        {"torch"},
-        {"peft_fast." + m for m in ("settings", "errors", "native", "reference", "backends", "kernels", "ops")},
+        {"torch", "triton"},
+        {
+            "peft_fast." + m
+            for m in ("settings", "errors", "native", "build", "reference", "backends", "kernels", "ops")
+        },
     ),
     "peft_fast/ops": (
         {"torch"},
@@ -49,6 +54,7 @@ LAW = {
 }
 # packages that a layer may name inside a function but not at the top of a file
 LAZY = {
+    "peft_fast/backends": HEAVY,
     "peft_fast/patch": HEAVY - {"numpy"},
     "peft_fast/train": HEAVY,
     "peft_fast/cli": HEAVY - {"rich", "typer"},
@@ -125,7 +131,8 @@ def test_the_reader_of_imports_sees_each_kind(tmp_path):
 
 
 def test_only_settings_reads_the_environment():
-    may = {"peft_fast/settings.py", "peft_fast/build.py"}  # build.py runs before there is a package
+    # the build runs before there is a package
+    may = {"peft_fast/settings.py", "peft_fast/build.py", "peft_fast/build_cuda.py"}
     readers = set()
     for path in [*python_files("peft_fast"), *python_files("kernels")]:
         for node in ast.walk(ast.parse(path.read_text())):

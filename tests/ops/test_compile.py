@@ -89,13 +89,13 @@ def test_fullgraph_under_autocast(provider, inside):
 
     class Inside(Layer):
         def forward(self, x):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(numerics.DEVICE.type, dtype=torch.bfloat16):
                 return super().forward(x)
 
     if inside:
         layer.__class__ = Inside
     traced = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    with provider.active(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=not inside):
+    with provider.active(), torch.autocast(numerics.DEVICE.type, dtype=torch.bfloat16, enabled=not inside):
         eager, compiled = step(layer, x), step(traced, x)
     assert eager["y"].dtype == compiled["y"].dtype == torch.bfloat16
     for name in eager:
@@ -183,9 +183,9 @@ def test_autocast_ends_where_it_should(provider):
     layer = Layer(0.0, provider)
     x = torch.randn(3, 40, requires_grad=True)
     with provider.active():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(numerics.DEVICE.type, dtype=torch.bfloat16):
             inside = layer(x)
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(numerics.DEVICE.type, enabled=False):
                 island = layer(x)
         outside = layer(x)
         inside.float().sum().backward()

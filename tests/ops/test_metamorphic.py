@@ -12,6 +12,7 @@ PROVIDERS = numerics.providers()
 KINDS = ["f32", "bf16", "bf16_f32_adapters"]
 PLAIN = Case("plain", lead=(67,), K=130, N=72, ranks=(8,), p=(0.0,), bias=True)
 DROPPED = replace(PLAIN, name="dropped_rows", p=(0.3,))
+FEW = Case("few", lead=(5,), K=130, N=515, ranks=(8,), p=(0.3,), bias=True)
 LARGE = Case("large", lead=(300,), K=260, N=200, ranks=(16, 3), p=(0.2, 0.0), scaling=(2.0, 1.0), bias=True)
 
 pytestmark = pytest.mark.parametrize("provider", PROVIDERS)
@@ -38,13 +39,16 @@ def test_zero_B_gives_the_base(provider, dtypes, dropped, transposed, lead):
     with provider.active(), torch.no_grad():
         y = forward(provider, p, B0=torch.zeros_like(t["B0"]))
         base = provider(t["x"], t["W"], t["bias"], [], transposed=transposed)
-    assert numerics.same_bits(y, base)
+    if numerics.DEVICE.type == "cpu":
+        assert numerics.same_bits(y, base)
+    else:  # a vendor's GEMM with an addend may be another kernel than the one without
+        assert_close(y, base, dtypes)
 
 
 @with_dtypes
 def test_permuted_tokens(provider, dtypes):
     p = make(PLAIN, dtypes)
-    order = torch.randperm(67, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(67)
     x, g = p.tensors["x"], p.g
     with provider.active():
         y = forward(provider, p)
@@ -96,14 +100,16 @@ def test_scratch_memory_never_shows(provider, dtypes):
 
 
 @with_dtypes
-@pytest.mark.parametrize("case", [PLAIN, DROPPED, LARGE], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [PLAIN, DROPPED, LARGE, FEW, replace(FEW, lead=(13,))], ids=lambda c: f"{c.M}_{c.name}"
+)
 def test_threads_give_the_same_bits(provider, dtypes, case):
     if provider.backend != "cpu":
         pytest.skip("torch's own GEMMs may split K by the number of threads")
     p = make(case, dtypes)
     before, outs = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 8, 31):  # more than blocks of rows: the columns are cut too
             torch.set_num_threads(threads)
             with provider.active():
                 outs.append(numerics.ours(p, provider))
