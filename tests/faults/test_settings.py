@@ -11,7 +11,7 @@ from peft_fast import settings
 from peft_fast.errors import PeftFastError, SettingsError
 
 WRONG = [
-    ("PEFT_FAST_BACKEND", "cuda"),
+    ("PEFT_FAST_BACKEND", "gpu"),
     ("PEFT_FAST_BACKEND", "CPU "),
     ("PEFT_FAST_ISA", "avx9"),
     ("PEFT_FAST_PACK_MB", "lots"),
@@ -74,9 +74,12 @@ def test_importing_with_a_wrong_value_works_and_the_command_says_what_is_wrong(r
     env = {**os.environ, "PEFT_FAST_ISA": "avx9"}
     run = {"cwd": root, "env": env, "text": True, "capture_output": True, "timeout": 300}
     assert subprocess.run([sys.executable, "-c", "import peft_fast.ops"], **run).returncode == 0
-    done = subprocess.run([sys.executable, "-m", "peft_fast", "doctor"], **run)
+    done = subprocess.run([sys.executable, "-m", "peft_fast", "bench", "lora_linear", "--tiny"], **run)
     assert done.returncode == 1 and done.stderr.startswith("given: isa='avx9'")
     assert len(done.stderr.splitlines()) == 3
+    # the command that looks for what is wrong goes on, and says it
+    done = subprocess.run([sys.executable, "-m", "peft_fast", "doctor"], **run)
+    assert done.returncode == 1 and "PEFT_FAST_ISA='avx9' is not valid" in done.stdout and "backends" in done.stdout
 
 
 def test_every_setting_is_in_the_table_and_has_a_case_above():
