@@ -176,12 +176,12 @@ def default_jobs() -> int:
 
 
 def find_ninja() -> str | None:
-    """The ninja on PATH, beside this python or in the ninja package; None if there is none."""
+    """The ninja beside this python, in the ninja package or on PATH, in this order: versions do not share their logs."""
     package = _package_dir("ninja")
     places = [
-        shutil.which("ninja"),
         Path(sysconfig.get_path("scripts")) / "ninja",
         package and package / "data" / "bin" / "ninja",
+        shutil.which("ninja"),
     ]
     for place in places:
         if place and os.access(place, os.X_OK):
