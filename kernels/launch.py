@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from peft_fast.kernels.device import INTERPRETED
+from peft_fast.kernels.device import INTERPRETED, target
 
 # versions whose compiled kernels are known to take the arguments below; others launch Triton's own way
 KNOWN = triton.__version__.startswith(("3.6.", "3.7.")) and not INTERPRETED
@@ -27,6 +27,8 @@ def launch(kernel, grid, operands, free, sizes, constants, tile):
         # all that Triton compiles different code for, and no less
         wide = max(free, default=0) >= 1 << 31
         key = (kernel.__name__, device, wide, sizes, constants, tile.num_warps, tile.num_stages, *map(_kind, operands))
+        if isinstance(target().arch, str):
+            key += tuple(map(_near, operands))
         if (found := _compiled.get(key)) is not None:
             stream, hooks = driver.get_current_stream(device), triton.knobs.runtime
             found.run(
@@ -53,3 +55,9 @@ def _kind(argument):
     if argument is None:
         return None
     return len(argument) if isinstance(argument, tuple) else argument.base.dtype
+
+
+def _near(argument):
+    """Does Triton address this memory with 32 bits, as it does on AMD where the storage is small enough?"""
+    tensor = getattr(argument, "base", argument)
+    return isinstance(tensor, torch.Tensor) and tensor.untyped_storage().size() < 1 << 31

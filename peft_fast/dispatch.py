@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ BACKEND_PLANS = {
     "torch": ("accumulate", "augmented"),
     "reference": ("accumulate",),
 }
+# what is picked where no backend is named; on any other device, cpu
+AUTO = {"cuda": "triton"}
 PLANS = tuple(dict.fromkeys(plan for plans in BACKEND_PLANS.values() for plan in plans))
 # backends that are modules peft_fast.backends.<name>
 COMPILED = ("torch", "cpu", "triton", "cuda")
@@ -54,7 +57,7 @@ def pick(
     if plan is not None and plan not in PLANS:
         fail(SettingsError, f"plan={plan!r}", "one of " + ", ".join(PLANS), "leave plan out to let dispatch pick")
     if name == "auto":
-        name = "triton" if x.device.type == "cuda" else "cpu"
+        name = AUTO.get(x.device.type, "cpu")
         refusal = _refuses(name, x, dtype, W, others, exact, plan)
         if refusal:
             name, why = "torch", refusal
@@ -165,6 +168,28 @@ def failures() -> list[str]:
 def fallbacks() -> int:
     """How many calls torch ran so far because a kernel failed: whoever times calls must know whose time it is."""
     return sum(module.fallbacks() for module in _gpu_modules())
+
+
+def refusals() -> Counter[str]:
+    """How often a plan left its work to another one so far, by the reason why it is not for such tensors or devices."""
+    return sum((module.refusals() for module in _gpu_modules() if hasattr(module, "refusals")), Counter())
+
+
+class Watch:
+    """What ran since it was made: was it the backend and plan that were asked for? Each a sentence, empty when so."""
+
+    def __init__(self) -> None:
+        self._fallbacks, self._refusals = fallbacks(), refusals()
+
+    def failed(self) -> str:
+        """A kernel did not work, and torch ran the call."""
+        if fallbacks() == self._fallbacks:
+            return ""
+        return "; ".join(failures()) or "another plan or backend ran it"
+
+    def refused(self) -> str:
+        """The plan is not for these tensors or this device, and another one ran the call."""
+        return "; ".join(refusals() - self._refusals)
 
 
 def _gpu_modules():

@@ -30,6 +30,11 @@ def define(name: str, schema: str, run: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"peft_fast::{name}", fake, lib=_library)
 
 
+def shaped(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """t (M, N) -> (..., N), the leading dimensions those of ``like``; to autograd no view: callers write in place."""
+    return torch.ops.aten._unsafe_view(t, [*like.shape[:-1], t.shape[1]])
+
+
 def traced(x: torch.Tensor) -> bool:
     """Must the call be an operator: is it compiled, or x without values? Else a plain call takes the host less time."""
     return torch.compiler.is_compiling() or type(x) is not torch.Tensor

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from peft_fast import dispatch
 from peft_fast.backends import cuda
 from peft_fast.backends.cuda import lora_linear, selftest
 from peft_fast.ops import Adapter
@@ -141,6 +142,16 @@ def test_while_a_graph_is_captured_nothing_is_tested(on_the_host, fresh, monkeyp
     assert selftest.reason(*where) == ""
 
 
+@pytest.mark.parametrize("plan", ["accumulate", "fused"])
+def test_the_result_may_be_written_in_place(on_the_host, fresh, plan):
+    x, W = torch.randn(2, 3, 24, requires_grad=True), torch.randn(16, 24)
+    y = op(x, W, adapters=[Adapter(torch.randn(4, 24), torch.randn(16, 4), 0.5)], backend="cuda", plan=plan)
+    assert y._base is None and y.is_contiguous()
+    (expected,) = torch.autograd.grad(y.clone().mul(3).sum(), x, retain_graph=True)
+    y *= 3
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
 def test_ranks_that_no_launch_takes_are_torchs(on_the_host, fresh):
     before = lora_linear.fallbacks()
     x, W = torch.randn(5, 8), torch.randn(6, 8)
@@ -150,25 +161,44 @@ def test_ranks_that_no_launch_takes_are_torchs(on_the_host, fresh):
 
 
 def fused(N, ps):
-    """How many of forward's and dx's products Hopper's GEMM did not take."""
-    before = lora_linear.fallbacks()
+    """How many of forward's and dx's products Hopper's GEMM did not take, and why."""
+    before, failed = lora_linear.refusals(), lora_linear.fallbacks()
     x = torch.randn(6, 24, dtype=torch.bfloat16, requires_grad=True)
     adapters = [Adapter(torch.randn(5, 24).bfloat16(), torch.randn(N, 5).bfloat16(), 1.0, p) for p in ps]
     W = torch.randn(N, 24).bfloat16()
     torch.manual_seed(5)
     y = op(x, W, adapters=adapters, backend="cuda", plan="fused")
     y.sum().backward()
-    assert not lora_linear.failures()
+    assert not lora_linear.failures() and lora_linear.fallbacks() == failed
     torch.manual_seed(5)
     want = op(x, W, adapters=adapters, backend="torch")
     torch.testing.assert_close(y, want, rtol=0.1, atol=1.0)
-    return lora_linear.fallbacks() - before
+    return lora_linear.refusals() - before
 
 
 def test_what_hopper_refuses_is_accumulated_and_counted(on_the_host, fresh):
-    assert fused(16, (0.5,)) == fused(16, (0.0, 0.0)) == 0
-    assert fused(15, (0.0,)) == 2  # rows that are not on 16 bytes
-    assert fused(16, (0.5, 0.0)) == 1  # two masks in one product
+    assert fused(16, (0.5,)) == fused(16, (0.0, 0.0)) == {}
+    assert fused(15, (0.0,)) == {"the Hopper GEMM wants every operand's rows on 16 bytes": 2}
+    assert fused(16, (0.5, 0.0)) == {"the Hopper GEMM has one dropout mask": 1}
+
+
+def test_a_plan_that_refuses_is_told_from_one_that_failed(on_the_host, fresh, monkeypatch):
+    watch = dispatch.Watch()
+    fused(15, (0.0,))
+    assert watch.refused().startswith("the Hopper GEMM wants") and not watch.failed()
+    assert not dispatch.Watch().refused()
+    monkeypatch.setattr(lora_linear, "run_forward", lambda *_: (_ for _ in ()).throw(RuntimeError("a bad kernel")))
+    watch = dispatch.Watch()
+    with pytest.warns(RuntimeWarning):
+        call(backend="cuda", plan="fused")
+    assert watch.failed()
+
+
+def test_what_the_self_test_refuses_is_nobodys_call(on_the_host, fresh, monkeypatch):
+    watch = dispatch.Watch()
+    device, dtype, _ = pretend_gpu(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert selftest.reason(device, dtype, "fused") == "" and watch.refused() == ""
 
 
 @pytest.mark.parametrize("plan", cuda.PLANS)

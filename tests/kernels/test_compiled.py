@@ -197,25 +197,33 @@ def unlike():
     H = place(0, 64, 16)
     for x, W in ((place(0, 64, 256), place(0, 96, 256)), (place(0, 64, 256), place(0, 256, 96).t())):
         calls.append(partial(lora_linear.fused, x, W, None, H, place(0, 96, 16), None, (16,), (0.0,), BF16))
+    for tokens in (64, 1 << 23):  # past 2 GiB AMD's code addresses memory in another way
+        tensors = empty(tokens, 256), empty(16, 256), empty(1, dtype=torch.int64)
+        calls.append(partial(skinny.shrink, *tensors, (16,), (2.0,), (0.0,)))
     return calls
 
 
-def chosen(known, monkeypatch):
+def chosen(known, arch, monkeypatch):
     monkeypatch.setattr(launch, "KNOWN", known)
     monkeypatch.setattr(launch, "_compiled", {})
-    with recording("sm_80") as found:
+    with recording(arch) as found:
         for run in unlike():
             run()
     return [(kernel.name, kernel.grid, kernel.identity) for kernel in found]
 
 
-def test_a_launch_found_by_our_key_is_the_one_triton_would_choose(monkeypatch):
-    ours = chosen(True, monkeypatch)
-    assert ours == chosen(False, monkeypatch) and len(launch._compiled) == 0
+@pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
+def test_a_launch_found_by_our_key_is_the_one_triton_would_choose(arch, monkeypatch):
+    ours = chosen(True, arch, monkeypatch)
+    assert ours == chosen(False, arch, monkeypatch) and len(launch._compiled) == 0
     assert len({identity for _, _, identity in ours}) > 10
 
-    monkeypatch.setattr(launch, "_kind", lambda argument: getattr(argument, "dtype", None))
-    assert chosen(True, monkeypatch) != ours, "a key that forgets alignment is seen"
+    with monkeypatch.context() as forgetting:
+        forgetting.setattr(launch, "_kind", lambda argument: getattr(argument, "dtype", None))
+        assert chosen(True, arch, monkeypatch) != ours, "a key that forgets alignment is seen"
+    if arch == "gfx942":
+        monkeypatch.setattr(launch, "_near", lambda argument: True)
+        assert chosen(True, arch, monkeypatch) != ours, "a key that forgets how far memory reaches is seen"
 
 
 @pytest.mark.parametrize("plan", ["accumulate", "fused"])

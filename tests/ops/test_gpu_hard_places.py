@@ -240,8 +240,9 @@ def test_a_failure_while_a_stream_is_captured_is_not_for_ever(monkeypatch, machi
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), torch.OutOfMemoryError),
         (RuntimeError("Triton Error [CUDA]: out of memory"), torch.OutOfMemoryError),
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), torch.AcceleratorError),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), RuntimeError),
     ],
-    ids=["torch", "Triton", "a broken device"],
+    ids=["torch", "Triton", "a broken device", "cuBLAS"],
 )
 def test_what_torch_cannot_do_either_is_raised(monkeypatch, machine, error, kind):
     machine("sm_90")

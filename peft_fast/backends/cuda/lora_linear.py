@@ -10,12 +10,14 @@ tried on a small problem first; from a failure on, the torch backend runs the ca
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections import Counter
 
 import torch
 
 from peft_fast.backends.cuda import selftest
-from peft_fast.backends.operators import register, traced
+from peft_fast.backends.operators import register, shaped, traced
 from peft_fast.backends.torch import lora_linear as vendor
 from peft_fast.backends.triton import first_line
 from peft_fast.ops.spec import Spec
@@ -24,6 +26,7 @@ CHUNK, MAX_CHUNKS = 64, 32  # csrc/cuda/skinny.h: one launch takes this many chu
 
 _failed: dict[tuple, str] = {}
 _fallbacks = 0
+_refusals: Counter[str] = Counter()
 
 
 def forward(x, W, bias, A, B, seed, spec):
@@ -45,8 +48,24 @@ def failures() -> list[str]:
 
 
 def fallbacks() -> int:
-    """How many products so far were not those of the backend and plan that were asked for: whose time is whose."""
+    """How many calls torch ran so far because a kernel had failed: whose time is whose."""
     return _fallbacks
+
+
+def refusals() -> Counter[str]:
+    """How many products the plan `fused` has left to `accumulate` so far, by the reason why it does not make them."""
+    return _refusals.copy()
+
+
+@contextlib.contextmanager
+def uncounted():
+    """For the self-test, whose products are nobody's call."""
+    before = refusals()
+    try:
+        yield
+    finally:
+        _refusals.clear()
+        _refusals.update(before)
 
 
 def run_forward(x, W, bias, A, B, seed, spec):
@@ -58,22 +77,20 @@ def run_forward(x, W, bias, A, B, seed, spec):
     y = _fused(x2, Wn, H, B, bias, None, 0.0) if spec.plan == "fused" else None
     if y is None:
         y = _add(ops.lora_expand(H, B.t(), bias, None, ranks, none), x2, Wn.t())
-    return y.view(*x.shape[:-1], y.shape[1]), H
+    return shaped(y, x), H
 
 
 def run_backward(g, x, W, bias, A, B, H, seed, spec, needs):
     """What the operator does; None for what is not needed."""
-    ops, ranks, none = torch.ops.peft_fast, spec.ranks, [0.0] * len(spec.ranks)
+    ops, ranks = torch.ops.peft_fast, spec.ranks
     dx = dW = dbias = dA = dB = D = None
     x2, g2 = _rows(x), _rows(g.to(x.dtype))
-    if needs[4] and (needs[0] or needs[3]):
+    if needs[0] or needs[3] or needs[4]:
+        # both also where one would do, which is rare: a gradient's bits do not hang on which others are wanted
         D, dB = ops.lora_shrink_outer(g2, B.t(), H, ranks, spec.scalings)
-    elif needs[4]:
-        dB = ops.lora_outer(H, g2, B, None, ranks, none, True)
-    elif needs[0] or needs[3]:
-        D = ops.lora_shrink(g2, B.t(), None, ranks, spec.scalings, none)
+        dB = dB if needs[4] else None
     if needs[0]:
-        dx = _dx(g2, D, W.to(x.dtype), A, seed, spec).view(x.shape)
+        dx = shaped(_dx(g2, D, W.to(x.dtype), A, seed, spec), x)
     if needs[3]:
         dA = ops.lora_outer(D, x2, A, seed, ranks, spec.ps, False)
     if needs[1]:
@@ -87,8 +104,12 @@ def _dx(g2, D, W, A, seed, spec):
     """g (M, N), D (M, R), W as stored, A (R, K) -> dx (M, K)."""
     Wn = W.t() if spec.transposed else W  # (N, K)
     if spec.plan == "fused":
-        taken = (len(spec.ranks) == 1 or not any(spec.ps)) and spec.dx_dtype == g2.dtype  # one mask, no wider sum
-        dx = _fused(g2, Wn.t(), D, A.t(), None, seed, spec.ps[0]) if taken else _missed()
+        if len(spec.ranks) > 1 and any(spec.ps):
+            dx = _refused("the Hopper GEMM has one dropout mask")
+        elif spec.dx_dtype != g2.dtype:
+            dx = _refused("the Hopper GEMM's dx has the dtype of its product")
+        else:
+            dx = _fused(g2, Wn.t(), D, A.t(), None, seed, spec.ps[0])
         if dx is not None:
             return dx
     low = torch.ops.peft_fast.lora_expand(D, A, None, seed, spec.ranks, spec.ps)
@@ -107,7 +128,7 @@ def _fused(left, right, low, low_right, bias, seed, p):
     """left (M, K)·rightᵀ (N, K) + mask∘(low (M, R)·low_rightᵀ (N, R))/(1 − p) + bias, or None where Hopper's cannot."""
     turned = right.stride(1) != 1
     if turned and right.stride(0) != 1:
-        return _missed()
+        return _refused("the Hopper GEMM wants a weight with neighbouring rows or columns")
     low_right = low_right.to(left.dtype)
     if pad := -low.shape[1] % 8:  # the hardware copies rows of 16 bytes
         low, low_right = (torch.nn.functional.pad(t, (0, pad)) for t in (low, low_right))
@@ -116,12 +137,11 @@ def _fused(left, right, low, low_right, bias, seed, p):
         bias = (bias if bias.dtype == torch.float32 else bias.to(left.dtype)).contiguous()
     seed = None if seed is None else seed[:1]
     out, why = torch.ops.peft_fast.lora_gemm(left, right, low, low_right.contiguous(), bias, seed, p, turned)
-    return _missed() if why else out
+    return _refused(why) if why else out
 
 
-def _missed():
-    global _fallbacks
-    _fallbacks += 1
+def _refused(why):
+    _refusals[why] += 1
 
 
 def _rows(t):

@@ -14,7 +14,7 @@ import warnings
 
 import torch
 
-from peft_fast.backends.operators import define, register, traced
+from peft_fast.backends.operators import define, register, shaped, traced
 from peft_fast.backends.torch import lora_linear as vendor
 from peft_fast.backends.triton import first_line, interpreting, tuning
 from peft_fast.ops.spec import Spec
@@ -68,7 +68,7 @@ def run_forward(x, W, bias, A, B, seed, spec):
             low = B.to(x.dtype).t()
             torch.mm(H, low, out=y) if bias is None else torch.addmm(bias, H, low, out=y)
             y.addmm_(x2, Wn.t())
-    return y.view(*x.shape[:-1], y.shape[1]), x.new_empty(x2.shape[0], 0) if H is None else H
+    return shaped(y, x), x.new_empty(x2.shape[0], 0) if H is None else H
 
 
 def run_backward(g, x, W, bias, A, B, H, seed, spec, needs):
@@ -76,14 +76,12 @@ def run_backward(g, x, W, bias, A, B, H, seed, spec, needs):
     x2, g2, tf32, tiles = _rows(x), _rows(g.to(x.dtype)), _tf32(x), tuning.load(x.device.index or 0)
     ranks, scalings, ps = tuple(spec.ranks), tuple(spec.scalings), tuple(spec.ps)
     D = dx = dW = dbias = dA = dB = None
-    if ranks and needs[4] and (needs[0] or needs[3]):
+    if ranks and (needs[0] or needs[3] or needs[4]):
+        # both also where one would do, which is rare: a gradient's bits do not hang on which others are wanted
         D, dB = skinny().shrink_outer(g2, B, H, ranks, scalings, B.dtype, tf32, tiles)
-    elif ranks and needs[4]:
-        dB = skinny().outer(g2, H, None, ranks, (0.0,) * len(ranks), B.dtype, tf32, tiles).t()
-    elif ranks and (needs[0] or needs[3]):
-        D = skinny().shrink(g2, B.t(), None, ranks, scalings, (0.0,) * len(ranks), tf32, tiles)
+        dB = dB if needs[4] else None
     if needs[0]:
-        dx = _dx(g2, D, W.to(x.dtype), A, seed, spec, tf32, tiles).view(x.shape)
+        dx = shaped(_dx(g2, D, W.to(x.dtype), A, seed, spec, tf32, tiles), x)
     if needs[1]:
         dW = (x2.t() @ g2 if spec.transposed else g2.t() @ x2).to(W.dtype)
     if needs[2]:
@@ -168,11 +166,12 @@ def _guarded(signature, run, otherwise):
 
 
 def _is_ours(error):
-    """Compilers and launches that fail; not exhausted memory, a broken device, or the interpreter's report of a bug."""
+    """Compilers and launches that fail; not exhausted memory, a vendor's GEMM, a broken device, or a bug in ours."""
     from triton.runtime.errors import InterpreterError
 
     bugs = (InterpreterError, AssertionError) if interpreting() else ()
-    return not isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, *bugs))
+    theirs = torch.OutOfMemoryError, torch.AcceleratorError, *bugs
+    return not isinstance(error, theirs) and "CUBLAS" not in str(error)
 
 
 def _what(error):

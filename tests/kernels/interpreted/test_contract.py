@@ -27,7 +27,7 @@ CASES = [
     Case("split_columns", lead=(7,), K=1170, N=40, ranks=(5,), p=(0.1,)),
     Case("split_columns_of_dy", lead=(7,), K=40, N=1030, ranks=(40,), p=(0.0,)),
     Case("split_tokens", lead=(301,), K=90, N=50, ranks=(6,), p=(0.1,), bias=True),
-    Case("two_adapters", lead=(47,), K=140, N=70, ranks=(3, 16), p=(0.1, 0.0), scaling=(0.5, 3.0)),
+    Case("two_adapters", lead=(47,), K=140, N=70, ranks=(3, 16), p=(0.1, 0.5), scaling=(0.5, 3.0)),
     Case(
         "three_adapters",
         lead=(41,),

@@ -11,7 +11,7 @@ from tests import numerics
 from tests.cases import Case
 from tests.numerics import Provider
 
-SUBJECT = Case("mutated", lead=(67,), K=230, N=140, ranks=(16, 40), p=(0.3, 0.0), scaling=(2.0, 0.5), bias=True)
+SUBJECT = Case("mutated", lead=(67,), K=230, N=140, ranks=(16, 40), p=(0.3, 0.5), scaling=(2.0, 0.5), bias=True)
 
 
 class Mutant(NamedTuple):
@@ -38,6 +38,8 @@ MUTANTS = {
     "dA and dB accumulated in bf16": Mutant(
         "skinny", "(d, x, acc, input", "(d, x, acc.to(x.dtype).to(tl.float32), input", ("dA1", "dB1")
     ),
+    "H and dA with the seed of the first adapter": Mutant("skinny", "seed_ptr + owner", "seed_ptr", ("y", "dA1")),
+    "dx with the seed of the first adapter": Mutant("device", "seed_ptr + i", "seed_ptr", ("dx",)),
     "last partial sum": Mutant("split", "in range(parts)", "in range(parts - 1)", ("dA0", "dB0")),
     "last step of K": Mutant("lora_linear", "range(0, K, BK)", "range(0, K - BK, BK)", ("y", "dx"), "fused"),
     "bias forgotten": Mutant("lora_linear", "if BIAS:", "if False:", ("y",), "fused"),
