@@ -24,8 +24,8 @@ import torch
 
 from peft_fast.errors import DeviceError, PeftFastError, SettingsError, fail
 
-from . import harness, machine, show, table, targets, watch
-from .steps import ENDS, ROOT, TIMED, Step, steps, without
+from . import harness, machine, plans, show, table, targets, watch
+from .steps import ENDS, LEAST_S, ROOT, TIMED, Step, steps, without
 
 GRACE_S = {"plans": 5.0, "memcheck": 8.0, "racecheck": 8.0}  # before the end of the step, for what it is in
 ROW_S = 20.0  # for the row of a benchmark
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     _write(given.out, stem, record)
     with log, watch.Watch(gpu) as clocks:
         for step in steps(given.out, stem, given.dry_run):
-            broken = [plan for plan, why in record["plans"].items() if why]
+            broken = [plan for plan, found in record["plans"].items() if found["verdict"] == plans.BROKEN]
             step = step._replace(command=[*step.command, *without(step, broken)])
             record["steps"].append(_step(step, given.minutes * 60 * ENDS[step.name], start, log, clocks))
             _collect(given.out / f"{stem}-{step.name}.json", step.name, record)
@@ -116,12 +116,14 @@ def _summary(record: dict, stem: str) -> int:
 
 
 def _step(step: Step, end: float, start: float, log, clocks: watch.Watch) -> dict:
+    begin = time.monotonic()
+    left = max(end - (begin - start), 1.0)
+    if left < LEAST_S.get(step.name, 0.0) and not step.skip:
+        step = step._replace(skip="the steps before it left it no time")
     if step.skip:
         print(f"\n== {step.name}: skipped, {step.skip}", flush=True)
         log.write(f"\n== {step.name}: skipped, {step.skip}\n")
         return {"name": step.name, "status": "skipped", "rc": 0, "seconds": 0.0, "note": step.skip}
-    begin = time.monotonic()
-    left = max(end - (begin - start), 1.0)
     command = step.command
     if step.name in TIMED:
         command = [*command, "--minutes", f"{max(left - GRACE_S.get(step.name, ROW_S), left / 2) / 60:.3f}"]

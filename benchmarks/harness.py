@@ -35,6 +35,10 @@ class GateError(PeftFastError, ArithmeticError):
     """A provider's results are not as good as stock's, so it has no speed to report."""
 
 
+class NotForThese(PeftFastError):
+    """A provider that is not made for these tensors or this device, and says so: nothing has failed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the user may narrow; empty tuples mean the benchmark's own choice."""
@@ -135,7 +139,7 @@ def _one(case: Case, options: Options, document: dict, progress, show) -> Case |
         show.refused(case.title, reason)
         return None
     for name, why in row.get("left_out", {}).items():
-        if name.startswith("peft_fast"):
+        if name.startswith("peft_fast") and name not in row["not_for_these"]:
             document["refused"].append({"title": f"{case.title}: {name}", "reason": why})
     document["rows"].append(row)
     show.row(row)
@@ -150,11 +154,12 @@ def measure(case: Case, options: Options, progress) -> dict:
         settings = {**case.settings, "threads": case.threads}
         row = {"title": case.title, "settings": settings, "baseline": case.baseline}
         left_out: dict[str, str] = {}
-        row["match"] = _each([p for p in providers if p.gate], gate, left_out)
+        row["not_for_these"] = []  # of those left out, the ones where nothing has failed
+        row["match"] = _each([p for p in providers if p.gate], gate, left_out, row["not_for_these"])
         if options.gate_only:
             return row | ({"left_out": left_out} if left_out else {})
         providers = [p for p in providers if p.name not in left_out]
-        row["bytes"] = _each(providers, partial(_bytes, device=device), left_out)
+        row["bytes"] = _each(providers, partial(_bytes, device=device), left_out, row["not_for_these"])
         providers = [p for p in providers if p.name not in left_out]
         first = next(p for p in providers if p.name == case.baseline)
         providers.append(dataclasses.replace(first, name=first.name + AGAIN))
@@ -184,8 +189,13 @@ def measure(case: Case, options: Options, progress) -> dict:
     return row
 
 
-def _each(providers: Sequence[Provider], ask: Callable[[Provider], object], left_out: dict[str, str]) -> dict:
-    """name -> ask(provider); an optional provider that fails goes to `left_out` with its reason."""
+def _each(
+    providers: Sequence[Provider], ask: Callable[[Provider], object], left_out: dict[str, str], not_for: list[str]
+) -> dict:
+    """name -> ask(provider); an optional provider that fails goes to `left_out` with its reason.
+
+    So does one that is not made for these tensors, and its name to `not_for` too.
+    """
     found = {}
     for provider in providers:
         try:
@@ -194,6 +204,7 @@ def _each(providers: Sequence[Provider], ask: Callable[[Provider], object], left
             if not provider.optional:
                 raise
             left_out[provider.name] = _first_line(error) if not isinstance(error, PeftFastError) else str(error)
+            not_for += [provider.name] * isinstance(error, NotForThese)
     return found
 
 

@@ -14,7 +14,7 @@ from peft_fast.errors import SettingsError
 
 from . import gate, machine, peers
 from .criterion import Verdict
-from .harness import Case, Options, Provider
+from .harness import Case, NotForThese, Options, Provider
 from .shapes import AWKWARD, GPU_LAYERS, GPU_SQUARE, LAYERS, SQUARE, TINY
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -68,6 +68,7 @@ def _shapes(model: str, options: Options) -> list:
 
 def _case(model, m, k, n, r, dtype, p, threads, options) -> Case:
     settings = {"model": model, "M": m, "K": k, "N": n, "r": r, "dtype": dtype, "p": p}
+    settings["gated_tokens"] = min(m, gate.MOST_TOKENS)
     gpu = options.device != "cpu"
     title = f"{model} M={m} K={k} N={n} r={r} {dtype} p={p:g}" + ("" if gpu else f" threads={threads}")
     plans = live_plans(options.device, options.without) if gpu or options.scale == "tiny" else []
@@ -225,10 +226,13 @@ def _plan(backend, plan, layer, x, g) -> Provider:
         return lora_linear(x, w.W, w.bias, [adapter], backend=backend, plan=plan)
 
     def verdicts() -> dict[str, Verdict]:
-        before = dispatch.fallbacks()
+        watch = dispatch.Watch()
         found = gate.check_layer(layer, x, g, gate.our_mask, run, fast=True)
-        why = "; ".join(dispatch.failures()) or "another plan or backend ran it"
-        return {**found, "kernels": Verdict(dispatch.fallbacks() == before, why)}
+        failed = watch.failed()
+        found["kernels"] = Verdict(not failed, failed)
+        if all(found.values()) and (why := watch.refused()):
+            raise NotForThese(f"not for these tensors or this device: {why}")
+        return found
 
     provider = _lora(f"peft_fast {backend} {plan}", layer, x, g, gate.our_mask, run, fast=True)
     return dataclasses.replace(provider, gate=verdicts, optional=True)

@@ -6,12 +6,14 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
 import torch
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy")
+ABSENT = "absent"
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
 
 
@@ -49,6 +51,20 @@ def cores() -> int:
     return _cpuinfo()["cores"]
 
 
+def no_interpreter() -> str:
+    """Why Triton's interpreter cannot be relied on here, in a sentence; empty when it can."""
+    triton, numpy = _version("triton"), _version("numpy")
+    if triton == ABSENT:
+        return "triton is not installed"
+
+    def below(version: str, *least: int) -> bool:
+        return tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < least
+
+    if below(triton, 3, 7) and not below(numpy, 2, 4):
+        return f"the interpreter of triton {triton} has no loops over run-time bounds beside numpy {numpy}"
+    return ""
+
+
 def line(found: dict) -> str:
     """The header in one line."""
     where = f"{found['cpu']} ({found['cores']} cores, {_best(found)})"
@@ -83,7 +99,7 @@ def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "absent"
+        return ABSENT
 
 
 def _commit() -> str:

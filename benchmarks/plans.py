@@ -7,8 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from . import harness, sanitize
+
+RUNS, BROKEN, UNKNOWN = "runs", "broken", "unknown"
+
+
+class Tried(NamedTuple):
+    """How a plan came through. Only a broken one is left out of what follows: slow to compile is not broken."""
+
+    verdict: str
+    why: str
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,15 +28,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
     given = parser.parse_args(argv)
     found = tried([" ".join(plan) for plan in sanitize.watched(given.device)], given.device, given.minutes * 60)
-    for plan, why in found.items():
-        print(f"{plan}: {why or 'runs'}")
+    for plan, (verdict, why) in found.items():
+        print(f"{plan}: {verdict}{f' ({why})' if why else ''}")
     if given.json:
-        harness.write(given.json, found)
-    return 1 if any(found.values()) else 0
+        harness.write(given.json, {plan: one._asdict() for plan, one in found.items()})
+    return 1 if any(one.verdict == BROKEN for one in found.values()) else 0
 
 
-def tried(plans: list[str], device: str, limit: float) -> dict[str, str]:
-    """plan -> why it did not come through, empty when it did; all at once."""
+def tried(plans: list[str], device: str, limit: float) -> dict[str, Tried]:
+    """plan -> how it went; all at once."""
     command = [sys.executable, "-m", "peft_fast.benchmarks.sanitize", "--device", device, "--plan"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     running = {plan: subprocess.Popen([*command, plan], **pipes) for plan in plans}
@@ -35,11 +45,12 @@ def tried(plans: list[str], device: str, limit: float) -> dict[str, str]:
         try:
             out = process.communicate(timeout=max(end - time.monotonic(), 0.1))[0]
             last = (out.strip().splitlines() or ["it said nothing"])[-1]
-            found[plan] = last if process.returncode else ""
+            found[plan] = Tried(BROKEN, last) if process.returncode else Tried(RUNS, "")
         except subprocess.TimeoutExpired:
-            found[plan] = "it did not end in time"
             process.kill()
-            process.communicate()
+            out = process.communicate()[0]
+            hangs = out.strip().endswith(sanitize.WAITS)
+            found[plan] = Tried(BROKEN, "its kernels did not end") if hangs else Tried(UNKNOWN, "no time for all of it")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,17 +75,19 @@ def _clocks(found: dict) -> list[str]:
 
 def _without_figures(runs: list[dict]) -> list[str]:
     """Rows and providers that a reader may miss, with the reason."""
-    lines = []
+    lines, refusing = [], Counter()
     for run in runs:
         lines += [f"- no time for or no room: {title}" for title in run.get("skipped", ())]
         lines += [f"- refused: {r['title']}: {' '.join(r['reason'].split())}" for r in run.get("refused", ())]
         lines += [f"- {why}" for why in run.get("kernel_failures", ())]
         for row in run["rows"]:
             left = row.get("left_out", {}).items()
-            # ours are among the refused
+            refusing.update((n, w) for n, w in left if n in row.get("not_for_these", ()))
+            # ours that failed are among the refused
             lines += [f"- {row['title']}: without {n}: {' '.join(w.split())}" for n, w in left if "peft_fast" not in n]
             if "starved" in row:
                 lines += [f"- {row['title']}: the GPU waited for the host in {', '.join(row['starved'])}"]
+    lines += [f"- {n}, {count} rows: {' '.join(w.split())}" for (n, w), count in refusing.items()]
     return ["## Without figures", "", *lines] if lines else []
 
 

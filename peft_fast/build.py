@@ -176,7 +176,7 @@ def default_jobs() -> int:
 
 
 def find_ninja() -> str | None:
-    """The ninja beside this python, in the ninja package or on PATH, in this order: versions do not share their logs."""
+    """The ninja beside this python, in the ninja package or on PATH, in this order: versions share no log."""
     package = _package_dir("ninja")
     places = [
         Path(sysconfig.get_path("scripts")) / "ninja",

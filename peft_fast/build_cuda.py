@@ -92,7 +92,7 @@ def asked(text: str) -> tuple[str, ...] | None:
     found = set()
     for word in words:
         if word == "native":
-            found.update(_native())
+            found.update(native())
             continue
         arch = {"90": "90a"}.get(word.replace(".", ""), word.replace(".", ""))
         if arch not in ARCHS:
@@ -101,7 +101,7 @@ def asked(text: str) -> tuple[str, ...] | None:
     return tuple(arch for arch in ARCHS if arch in found)
 
 
-def _native() -> list[str]:
+def native() -> list[str]:
     """What the GPUs of this machine run, best first: same generation, not newer than the GPU."""
     smi = shutil.which("nvidia-smi")
     query = [smi or "", "--query-gpu=compute_cap", "--format=csv,noheader"]

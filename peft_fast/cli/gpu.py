@@ -100,12 +100,20 @@ def _device(index: int) -> str:
 
 
 def self_test(device, backends: tuple[str, ...] = BACKENDS) -> list[dict]:
-    """Forward and backward of one small layer in each live plan against the definition: name, and why it failed."""
+    """Forward and backward of one small layer in each live plan against the definition.
+
+    A row a plan: its name, why it failed, and in `refused` why it is not for this GPU.
+    """
     from peft_fast import dispatch
 
     live = [name for name, live, _ in dispatch.backends() if live and name in backends]
     plans = [(name, plan) for name in live for plan in dispatch.BACKEND_PLANS[name]]
-    return [{"name": f"{name}, {plan}", "why": _wrong(device, name, plan)} for name, plan in plans]
+    rows = []
+    for name, plan in plans:
+        watch = dispatch.Watch()
+        why = _wrong(device, name, plan)
+        rows.append({"name": f"{name}, {plan}", "why": why, "refused": "" if why else watch.refused()})
+    return rows
 
 
 def _wrong(device, backend: str, plan: str) -> str:
@@ -115,11 +123,11 @@ def _wrong(device, backend: str, plan: str) -> str:
     from peft_fast import dispatch
 
     try:
-        before = dispatch.fallbacks()
+        watch = dispatch.Watch()
         ours, exact = _results(device, backend, plan), _results(device, "reference", None)
         # a kernel that does not compile leaves the call to torch, which is right, and a note
-        if dispatch.fallbacks() > before:
-            return "; ".join(dispatch.failures()) or "another plan or backend ran it"
+        if why := watch.failed():
+            return why
         for name, a, b in zip(("y", "dx", "dA", "dB"), ours, exact, strict=True):
             error = ((a.double() - b.double()).norm() / b.double().norm()).item()
             if not error <= ALLOWED:
@@ -154,6 +162,8 @@ def _results(device, backend: str, plan: str | None) -> tuple:
 
 def to_do(report: dict) -> list[str]:
     """One sentence for each thing that keeps this machine's GPU from its best."""
+    from peft_fast import dispatch
+
     machine, kernels = report["machine"], report["gpu_kernels"]
     if not machine["torch_sees_gpu"]:
         return _unseen(machine)
@@ -168,7 +178,11 @@ def to_do(report: dict) -> list[str]:
     for test in kernels["self_test"]:
         if test["why"]:
             what = f"{test['name']} failed its self-test ({test['why']})"
-            todo.append(f"{what}: set PEFT_FAST_BACKEND=torch until it passes")
+            backend = test["name"].partition(",")[0]
+            if backend == dispatch.AUTO["cuda"]:
+                todo.append(f"{what}: set PEFT_FAST_BACKEND=torch until it passes")
+            else:
+                todo.append(f"{what}: do not ask for {backend} by name until it passes; nothing else uses it")
     if kernels["ignored"]:
         todo.append(
             f"the tuning result is not used, because {kernels['ignored']}: run `python -m peft_fast tune` again"
@@ -198,6 +212,12 @@ def table(kernels: dict) -> list[tuple]:
         return []
     tuned = f"{kernels['tuned']} choices from `tune`" if kernels["tuned"] else "as shipped"
     rows = [("device", device) for device in kernels["devices"]]
-    rows += [(test["name"], f"failed: {test['why']}" if test["why"] else "agrees") for test in kernels["self_test"]]
+    rows += [(test["name"], _verdict(test)) for test in kernels["self_test"]]
     rows += [("tiles and plans", kernels["ignored"] or tuned)]
     return [("GPU, as torch sees it", ("", ""), rows)]
+
+
+def _verdict(test: dict) -> str:
+    if test["why"]:
+        return f"failed: {test['why']}"
+    return f"not for this GPU: {test['refused']}" if test["refused"] else "agrees"

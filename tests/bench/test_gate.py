@@ -103,6 +103,36 @@ def test_the_same_path_without_a_fault_passes(dtype):
     assert all(verdicts.values()), {k: v.reason for k, v in verdicts.items()}
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("fast", [False, True])
+def test_many_tokens_are_judged_by_the_first_and_the_last(monkeypatch, p, fast):
+    """The layer itself runs on all of them, with the mask of all of them."""
+    monkeypatch.setattr(gate, "MOST_TOKENS", 32)
+    seen, wide = [], []
+    real = gate._formula
+    monkeypatch.setattr(gate, "_formula", lambda w, x, g, keep: (wide.append(len(x)), real(w, x, g, keep))[1])
+    lora, (x, g) = layer(torch.bfloat16, p, fast), inputs(torch.bfloat16)
+    mask = gate.our_mask if fast else gate.torch_mask(torch.bfloat16)
+    run = lambda x: (seen.append(len(x)), lora(x))[1]  # noqa: E731
+    verdicts = gate.check_layer(lora, x, g, mask, run=run, fast=fast)
+    assert all(verdicts.values()), {k: v.reason for k, v in verdicts.items()}
+    assert set(seen) == {M} and set(wide) == {32} and g.count_nonzero(1).all()
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_a_fault_in_the_last_tile_of_many_tokens_is_refused(monkeypatch, row):
+    monkeypatch.setattr(gate, "MOST_TOKENS", 32)
+    lora = layer(torch.bfloat16, 0.1)
+
+    def run(x):
+        keep = drawn(x, 0.1)
+        keep[row] = False
+        return honest(lora, x, keep)
+
+    verdicts = gate.check_layer(lora, *inputs(torch.bfloat16), gate.torch_mask(torch.bfloat16), run=run)
+    assert not verdicts["y"] and not verdicts["dx"]
+
+
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_layer_on_the_wrong_path_is_refused(fast):
     lora = layer(torch.float32, 0.0, fast)

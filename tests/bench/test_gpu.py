@@ -14,7 +14,7 @@ from peft_fast.errors import DeviceError, SettingsError
 
 HEADER = {"gpu": {"name": "NVIDIA H200", "capability": "9.0"}, "date": "2026-01-31 10:00 UTC"}
 NAMES = list(steps.ENDS)
-TRITON = bool(importlib.util.find_spec("triton"))
+TRITON = not machine.no_interpreter()
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,11 @@ def test_dry_run_leaves_a_record_a_page_a_log_and_pictures(dry_run, root):
     record = harness.read(path)
     status = {step["name"]: step["status"] for step in record["steps"]}
     assert list(status) == NAMES and "failed" not in status.values()
-    ran = {"build", "plans", "doctor", "gate", "contract", "ops", "memcheck", "lora_linear", "train_step"}
+    ran = {"plans", "doctor", "gate", "contract", "ops", "memcheck", "lora_linear", "train_step"}
     assert {name for name, word in status.items() if word == "ok"} >= ran
+    assert set(record["plans"]) and {found["verdict"] for found in record["plans"].values()} == {plans.RUNS}
+    assert all(row["settings"]["gated_tokens"] == row["settings"]["M"] for row in record["runs"][0]["rows"])
+    assert {target["verdict"] for target in record["targets"]} == {"not measured"}
     notes = {step["name"]: step["note"] for step in record["steps"]}
     assert all("passed" in notes[name] for name in ("contract", "ops")) and "unsloth" in notes["peers"]
     assert [run["bench"] for run in record["runs"]] == ["lora_linear", "train_step"]
@@ -49,12 +52,13 @@ def test_dry_run_leaves_a_record_a_page_a_log_and_pictures(dry_run, root):
 def test_dry_run_shows_steps_and_targets(dry_run):
     done, _ = dry_run
     assert "never slower than stock: layers" in done.stdout and "not measured" in done.stdout
+    assert "missed" not in done.stdout and " met" not in done.stdout
     assert "== tune" in done.stdout
     if TRITON:
         assert "tuned: " in done.stdout and "nothing was kept" in done.stdout
 
 
-@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+@pytest.mark.skipif(not TRITON, reason=machine.no_interpreter())
 def test_what_was_tuned_comes_back_with_the_record(dry_run):
     (path,) = dry_run[1].glob("*.json")
     tuning = harness.read(path)["tuning"]
@@ -90,7 +94,9 @@ def test_a_run_on_a_gpu_is_named_watched_and_never_lost(tmp_path, monkeypatch, c
     monkeypatch.setattr(watch, "limits", lambda gpu: asked.append(gpu) or {"most_watts": 700.0})
 
     def three(out, stem, dry_run):
-        part = json.dumps({"bench": "lora_linear", "rows": rows, "machine": machine.header(torch.device("cpu"))})
+        part = json.dumps(
+            {"bench": "lora_linear", "scale": "full", "rows": rows, "machine": machine.header(torch.device("cpu"))}
+        )
         write = f"import pathlib; pathlib.Path({str(out / f'{stem}-lora_linear.json')!r}).write_text({part!r})"
         fails, hangs = "raise SystemExit('no luck')", "import time; time.sleep(60)"
         return [steps.Step(n, ["-c", c]) for n, c in (("doctor", fails), ("lora_linear", write), ("train_step", hangs))]
@@ -163,6 +169,7 @@ def test_commands_on_a_gpu(tmp_path, monkeypatch):
     assert found["build"].extra == {"PEFT_FAST_CUDA_ARCHS": "native"}
     for name in ("contract", "ops"):
         assert "--device cuda" in " ".join(found[name].command)
+    assert "--ignore=tests/ops/test_random.py" in found["ops"].command
     for name in ("memcheck", "racecheck"):
         assert found[name].command[:3] == [str(tool), "--tool", name]
         assert found[name].command[-1] == "peft_fast.benchmarks.sanitize"
@@ -199,22 +206,133 @@ def test_a_broken_plan_is_left_out_of_what_follows(tmp_path, monkeypatch):
 
 def test_a_plan_that_breaks_its_process_breaks_nothing_else(tmp_path, monkeypatch, capsys):
     python = tmp_path / "python"
-    acts = {"a": "kill -SEGV $$", "b": "echo ran", "c": "echo 'Error: a trap'; exit 1", "d": "exec sleep 60"}
+    acts = {"a": "kill -SEGV $$", "b": "echo ran", "c": "echo 'Error: a trap'; exit 1"}
+    # compiling, before or after it said something, or waiting for kernels that were launched
+    acts |= {"d": "exec sleep 60", "e": "echo ran; exec sleep 60", "f": f"echo {sanitize.WAITS}; exec sleep 60"}
     cases = "".join(f"  '{plan}') {act};;\n" for plan, act in acts.items())
     python.write_text(f'#!/bin/sh\nfor last; do :; done\ncase "$last" in\n{cases}esac\n')
     python.chmod(0o755)
     monkeypatch.setattr(plans.sys, "executable", str(python))
     found = plans.tried(list(acts), "cuda", 3.0)
-    assert found == {"a": "it said nothing", "b": "", "c": "Error: a trap", "d": "it did not end in time"}
-    monkeypatch.setattr(plans.sanitize, "watched", lambda device: [("c",)])
-    assert plans.main(["--json", str(tmp_path / "x.json")]) == 1
-    assert (
-        json.loads((tmp_path / "x.json").read_text()) == {"c": "Error: a trap"} and "a trap" in capsys.readouterr().out
-    )
+    assert {plan: verdict for plan, (verdict, _) in found.items()} == {
+        **dict.fromkeys("acf", plans.BROKEN),
+        **dict.fromkeys("de", plans.UNKNOWN),
+        "b": plans.RUNS,
+    }
+    assert (found["a"].why, found["c"].why, found["b"].why) == ("it said nothing", "Error: a trap", "")
+    for plan, rc in (("c", 1), ("d", 0), ("b", 0)):
+        monkeypatch.setattr(plans.sanitize, "watched", lambda device, plan=plan: [(plan,)])
+        assert plans.main(["--minutes", "0.05", "--json", str(tmp_path / "x.json")]) == rc
+        assert json.loads((tmp_path / "x.json").read_text()) == {plan: found[plan]._asdict()}
+        assert found[plan].verdict in capsys.readouterr().out
+
+
+def test_only_a_broken_plan_is_left_out(tmp_path, monkeypatch):
+    """One that had no time to compile keeps its place in the contract, at the gate and among the figures."""
+    ran = []
+
+    def two(out, stem, dry_run):
+        found = {name: plans.Tried(name, "why")._asdict() for name in (plans.RUNS, plans.BROKEN, plans.UNKNOWN)}
+        (out / f"{stem}-plans.json").write_text(json.dumps(found))
+        return [steps.Step("plans", []), steps.Step("lora_linear", [])]
+
+    def ends(step, *rest):
+        ran.append(step)
+        return {"name": step.name, "status": "ok", "rc": 0, "seconds": 0.0, "note": ""}
+
+    monkeypatch.setattr(gpu, "steps", two)
+    monkeypatch.setattr(gpu, "_step", ends)
+    gpu.main(["--dry-run", "--out", str(tmp_path)])
+    assert ran[1].command == ["--without", plans.BROKEN]
+
+
+def test_the_plans_begin_with_what_is_large_and_measured(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sanitize, "watched", lambda device, without: [("triton", "fused"), ("cuda", "fused")])
+    monkeypatch.setattr(sanitize, "once", lambda *call: seen.append(call) or "")
+    assert sanitize.main(["--plan", "cuda fused"]) == 0
+    large = len(sanitize.LARGE)
+    assert [call[4:9] for call in seen[:large]] == [tuple(size) for size in sanitize.LARGE]
+    assert {call[2] for call in seen[:large]} == {lora_linear.DTYPES["bf16"]}
+    assert {call[:2] for call in seen} == {("cuda", "fused")} and len(seen) == large + 2 * len(sanitize.CALLS)
+
+
+@pytest.mark.parametrize("backend, waits", [("triton", 1), ("cuda", 2)])
+def test_a_plan_says_when_all_it_waits_for_is_the_device(monkeypatch, backend, waits):
+    """With kernels that are compiled at their first use, not before that."""
+    from peft_fast import ops
+
+    real, said = ops.lora_linear, []
+    monkeypatch.setattr(ops, "lora_linear", lambda *a, **o: real(*a, **{**o, "backend": "torch"}))
+    import torch
+
+    refusal = sanitize.once(backend, "accumulate", torch.bfloat16, "cpu", *sanitize.CALLS[0], said.append)
+    assert refusal == "" and said == [sanitize.WAITS] * waits
 
 
 def test_files_that_a_step_leaves_out_exist(root):
-    assert all((root / "tests" / "ops" / name).is_file() for name in steps.CPU_TESTS)
+    named = *steps.CPU_TESTS, *steps.MANY_KERNELS
+    assert all((root / "tests" / "ops" / name).is_file() for name in named)
+
+
+def test_where_time_is_short_racecheck_goes_first(tmp_path, capsys):
+    assert steps.ENDS["racecheck"] == steps.ENDS["memcheck"]  # only what memcheck leaves
+    begin = time.monotonic()
+    with (tmp_path / "log").open("w") as log:
+        found = [gpu._step(steps.Step(n, ["-c", ""]), 5.0, begin, log, watch.Watch(None)) for n in ("ops", "racecheck")]
+    assert [step["status"] for step in found] == ["ok", "skipped"] and "no time" in found[1]["note"]
+
+
+def test_a_dry_run_builds_only_where_there_is_no_library(tmp_path, monkeypatch):
+    """And then without CUDA kernels; whatever is there, also what does not load, is not replaced."""
+
+    def build():
+        return steps.steps(tmp_path, "stem", dry_run=True)[0]
+
+    monkeypatch.setattr(steps.native, "load", lambda: True)
+    assert "replaces none" in build().skip
+    monkeypatch.setattr(steps.native, "load", lambda: False)
+    monkeypatch.setattr(steps.native, "LIBRARY", tmp_path / "lib.so")
+    assert not build().skip and build().extra == {"PEFT_FAST_CUDA_ARCHS": "none"}
+    (tmp_path / "lib.so").touch()
+    assert "replaces none" in build().skip
+
+
+@pytest.mark.parametrize(
+    "archs, native, sources, builds",
+    [
+        (("80", "90a"), ["90a"], "same", False),
+        (("80",), ["90a"], "same", True),
+        (("80", "90a"), ["90a"], "others", True),
+        (("80", "90a"), None, "same", True),
+    ],
+)
+def test_a_library_for_more_machines_is_not_replaced(tmp_path, monkeypatch, archs, native, sources, builds):
+    def shown():
+        if native is None:
+            raise steps.build.cuda.NoCuda("nvidia-smi shows no GPU")
+        return native
+
+    monkeypatch.setattr(steps.native, "load", lambda: True)
+    monkeypatch.setattr(steps.cuda, "archs", lambda: archs)
+    monkeypatch.setattr(steps.build.cuda, "native", shown)
+    monkeypatch.setattr(steps.build, "sources_hash", lambda: "same")
+    monkeypatch.setattr(steps.build, "read_info", lambda: {"sources_hash": sources})
+    assert bool(on_a_gpu(tmp_path)["build"].skip) is not builds
+
+
+def test_an_interpreter_that_is_not_to_be_relied_on_is_left_out_of_a_dry_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_version", {"triton": "3.6.0", "numpy": "2.4.1"}.get)
+    assert "triton 3.6.0" in machine.no_interpreter()
+    found = {step.name: step for step in steps.steps(tmp_path, "stem", dry_run=True)}
+    assert not any("TRITON_INTERPRET" in step.extra for step in found.values())
+    assert "triton" not in found["contract"].command[-1]
+    if importlib.util.find_spec("triton"):
+        assert found["tune"].skip == machine.no_interpreter()
+    monkeypatch.setattr(machine, "_version", {"triton": "3.7.0", "numpy": "2.4.1"}.get)
+    assert machine.no_interpreter() == ""
+    monkeypatch.setattr(machine, "_version", {"triton": machine.ABSENT, "numpy": "2.4.1"}.get)
+    assert machine.no_interpreter() == "triton is not installed"
 
 
 def test_what_is_not_there_is_skipped_with_a_reason(tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """Other projects' functions and named plans as providers: gated, and never under another's name."""
 
+import collections
 import importlib.util
 import sys
 
 import pytest
 
 from peft_fast import dispatch
-from peft_fast.benchmarks import harness, lora_linear, peers
+from peft_fast.benchmarks import gate, harness, lora_linear, peers, table
+from peft_fast.benchmarks.criterion import Verdict
 from peft_fast.cli import bench
 
 
@@ -50,6 +52,38 @@ def test_a_peer_of_another_version_costs_only_itself(theirs, monkeypatch):
 
 class Silent:
     def round(self, done, of): ...
+
+
+def test_a_plan_that_is_not_for_these_tensors_is_a_note(monkeypatch, capsys, tmp_path):
+    """As the CUDA backend's `fused` on an A100: nothing has failed, and it has no figures under its name."""
+    done, real = collections.Counter(), gate.check_layer
+
+    def refuses(*args, **options):
+        done["it needs another GPU"] += 1
+        return real(*args, **options)
+
+    monkeypatch.setattr(dispatch, "refusals", done.copy)
+    monkeypatch.setattr(gate, "check_layer", refuses)
+    for more in ([], ["--gate-only"]):
+        out = tmp_path / "out.json"
+        assert bench.app(["lora_linear", "--tiny", "--dropout", "0", "--repeats", "1", "--json", str(out), *more]) == 0
+        shown = capsys.readouterr().out
+        why = "not for these tensors or this device: it needs another GPU"
+        assert f"without peft_fast torch accumulate: {why}" in shown and "refused" not in shown
+        document = harness.read(out)
+        row = document["rows"][0]
+        assert "peft_fast torch accumulate" in row["not_for_these"] and document["refused"] == []
+        assert row["left_out"]["peft_fast torch accumulate"] == why
+        named = f"- peft_fast torch accumulate, {len(document['rows'])} rows: {why}"
+        assert named in table._without_figures([document])
+
+    def wrong(layer, x, g, mask, run=None, fast=False):
+        found = refuses(layer, x, g, mask, run, fast)
+        return {**found, "y": Verdict(False, "y is wrong")} if run and fast else found
+
+    monkeypatch.setattr(gate, "check_layer", wrong)
+    assert bench.app(["lora_linear", "--tiny", "--dropout", "0", "--gate-only"]) == 1
+    assert "peft_fast torch accumulate" in capsys.readouterr().out.partition("refused: ")[2], "wrong results are wrong"
 
 
 def test_a_plan_whose_kernels_failed_has_no_figures_under_its_name(monkeypatch, capsys):

@@ -47,6 +47,11 @@ def test_targets(rows, words):
     assert found == [word[letter] for letter in words.replace(" ", "")]
 
 
+def test_toy_sizes_measure_nothing():
+    run = {**document("lora_linear", layer_row(1.2, stock=1.1)), "scale": "tiny"}
+    assert {target.word for target in targets.judge([run])} == {"not measured"}
+
+
 def test_a_target_names_the_worst_row():
     step = {**layer_row(1.3, stock=1.2), "settings": {"model": "llama-3-8b-like", "p": 0.0}}
     # the optimizer's update is not the layers' work

@@ -129,7 +129,7 @@ def test_what_to_do(report):
 KERNELS = {
     "devices": ["NVIDIA H200, compute capability 9.0"],
     "version": "13.0",
-    "self_test": [{"name": "triton, accumulate", "why": ""}],
+    "self_test": [{"name": "triton, accumulate", "why": "", "refused": ""}],
     "tuned": 3,
     "ignored": "",
 }
@@ -156,13 +156,48 @@ def on_a_gpu(report: dict, off: dict | None = None, **kernels) -> dict:
         ),
         (
             "triton, fused failed its self-test (dx is off by 0.3): set PEFT_FAST_BACKEND=torch",
-            {"self_test": [{"name": "triton, fused", "why": "dx is off by 0.3"}]},
+            {"self_test": [{"name": "triton, fused", "why": "dx is off by 0.3", "refused": ""}]},
+        ),
+        (
+            "cuda, fused failed its self-test (dx is off by 0.3): do not ask for cuda by name until it passes",
+            {"self_test": [{"name": "cuda, fused", "why": "dx is off by 0.3", "refused": ""}]},
         ),
     ],
 )
 def test_what_to_do_about_a_gpu(report, sentence, changes):
     assert any(sentence in line for line in gpu.to_do(on_a_gpu(report, **changes)))
     assert gpu.to_do(on_a_gpu(report)) == []
+
+
+def test_a_failing_plan_of_a_backend_taken_by_name_is_no_reason_to_leave_triton(report):
+    tests = [{"name": "cuda, fused", "why": "dx is off by 0.3", "refused": ""}]
+    assert "BACKEND=torch" not in " ".join(gpu.to_do(on_a_gpu(report, self_test=tests)))
+
+
+def test_a_plan_that_is_not_for_this_gpu_has_not_failed(report, capsys, monkeypatch):
+    """The CUDA build on an A100."""
+    import collections
+
+    import torch
+
+    from peft_fast import ops
+
+    done, real = collections.Counter(), ops.lora_linear
+
+    def refuses(x, W, bias, adapters, **options):
+        if options["backend"] == "torch":
+            done["the Hopper GEMM needs compute capability 9.0"] += 1
+        return real(x, W, bias, adapters, **options)
+
+    monkeypatch.setattr(dispatch, "refusals", done.copy)
+    monkeypatch.setattr(ops, "lora_linear", refuses)
+    tests = gpu.self_test(torch.device("cpu"), ("torch",))
+    why = "the Hopper GEMM needs compute capability 9.0"
+    assert tests[0] == {"name": "torch, accumulate", "why": "", "refused": why}
+    found = on_a_gpu(report, self_test=tests)
+    assert gpu.to_do(found) == []
+    text = " ".join(screen(found, 120, capsys, monkeypatch).split())
+    assert "not for this GPU" in text and "failed" not in text
 
 
 def test_a_driver_that_is_too_old(report, monkeypatch):
@@ -224,7 +259,7 @@ def test_what_the_extension_holds_for_gpus(report, build, words):
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_screen_of_a_gpu_machine(report, width, capsys, monkeypatch):
     why = "RuntimeError: a kernel that ran out of shared memory, of which it wanted 240000 of 232448 bytes"
-    tests = [*KERNELS["self_test"], {"name": "triton, fused", "why": why}]
+    tests = [*KERNELS["self_test"], {"name": "triton, fused", "why": why, "refused": ""}]
     text = screen(on_a_gpu(report, self_test=tests), width, capsys, monkeypatch)
     assert max(map(len, text.splitlines())) <= width
     for word in ("NVIDIA H200, compute capability 9.0", "triton, accumulate", "agrees", "failed: RuntimeError", "tune"):
