@@ -1,5 +1,8 @@
 // The one list of torch operators, through LibTorch's stable ABI.
+#include "cpu/lora_embedding.h"
+#include "cpu/lora_group.h"
 #include "cpu/lora_linear.h"
+#include "cpu/lora_mlp.h"
 
 namespace peft_fast {
 
@@ -16,6 +19,27 @@ STABLE_TORCH_LIBRARY(peft_fast, m) {
       "lora_linear_backward(Tensor g, Tensor x, Tensor w, Tensor a, Tensor b, Tensor h, Tensor? seed, int[] ranks, "
       "float[] scalings, float[] ps, bool transposed, bool[] needs, bool wide_dx, Tensor? packed=None) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lora_group(Tensor x, Tensor[] ws, Tensor?[] biases, Tensor a, Tensor[] bs, Tensor? seed, int[] counts, "
+      "int[] ranks, float[] scalings, float[] ps, bool[] transposed, Tensor?[] packed) -> (Tensor[], Tensor)");
+  m.def(
+      "lora_group_backward(Tensor[] gs, Tensor x, Tensor[] ws, Tensor a, Tensor[] bs, Tensor h, Tensor? seed, "
+      "int[] counts, int[] ranks, float[] scalings, float[] ps, bool[] transposed, bool needs_x, bool[] needs_bias, "
+      "bool needs_a, bool[] needs_b, bool wide_dx, Tensor?[] packed) -> (Tensor, Tensor, Tensor[], Tensor[])");
+  m.def(
+      "lora_mlp_activate(Tensor? gate, Tensor up, Tensor? seed, str activation, str halves, float p) -> Tensor");
+  m.def(
+      "lora_mlp_activate_backward(Tensor dh, Tensor? gate, Tensor up, Tensor? seed, str activation, str halves, "
+      "float p) -> (Tensor, Tensor)");
+  m.def(
+      "lora_mlp_down_backward(Tensor g, Tensor w, Tensor a, Tensor b, Tensor low, Tensor? seed, int[] ranks, "
+      "float[] scalings, float[] ps, bool transposed, bool[] needs, Tensor? packed, Tensor? gate, Tensor up, "
+      "Tensor? h_seed, str activation, str halves, float p) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lora_embedding(Tensor ids, Tensor w, Tensor a, Tensor b, Tensor? scale, float scaling) -> (Tensor, Tensor)");
+  m.def(
+      "lora_embedding_backward(Tensor g, Tensor ids, Tensor a, Tensor b, Tensor h, Tensor? scale, float scaling, "
+      "int padding, bool[] needs) -> (Tensor, Tensor)");
   m.def("pack_weight(Tensor w, bool transposed, bool for_dx, bool like_bf16) -> Tensor");
   m.def("weight_digest(Tensor w) -> int");
   m.def("dropout_mask(Tensor seed, int M, int K, float p) -> Tensor");
@@ -39,6 +63,13 @@ STABLE_TORCH_LIBRARY(peft_fast, m) {
 STABLE_TORCH_LIBRARY_IMPL(peft_fast, CPU, m) {
   m.impl("lora_linear", TORCH_BOX(&peft_fast::lora_linear));
   m.impl("lora_linear_backward", TORCH_BOX(&peft_fast::lora_linear_backward));
+  m.impl("lora_group", TORCH_BOX(&peft_fast::lora_group));
+  m.impl("lora_group_backward", TORCH_BOX(&peft_fast::lora_group_backward));
+  m.impl("lora_mlp_activate", TORCH_BOX(&peft_fast::lora_mlp_activate));
+  m.impl("lora_mlp_down_backward", TORCH_BOX(&peft_fast::lora_mlp_down_backward));
+  m.impl("lora_mlp_activate_backward", TORCH_BOX(&peft_fast::lora_mlp_activate_backward));
+  m.impl("lora_embedding", TORCH_BOX(&peft_fast::lora_embedding));
+  m.impl("lora_embedding_backward", TORCH_BOX(&peft_fast::lora_embedding_backward));
   m.impl("pack_weight", TORCH_BOX(&peft_fast::pack_weight));
   m.impl("weight_digest", TORCH_BOX(&peft_fast::weight_digest));
   m.impl("dropout_mask", TORCH_BOX(&peft_fast::dropout_mask));

@@ -31,6 +31,8 @@ def load() -> bool:
 @functools.cache
 def _load() -> bool:
     global _reason
+    from peft_fast.backends.cpu import fakes
+
     library = settings.get().library or LIBRARY
     if not library.exists():
         _reason = "the extension is not built; run `python -m peft_fast build`"
@@ -39,12 +41,11 @@ def _load() -> bool:
         _check_whole(library)
         torch.ops.load_library(str(library))
         torch.ops.peft_fast.set_isa(settings.get().isa)
+        # fails for a library of older sources, which lacks an operator
+        fakes.register()
     except (OSError, AttributeError, RuntimeError) as error:
         _reason = f"{library.name} does not load ({str(error).splitlines()[0]}); run `python -m peft_fast build`"
         return False
-    from peft_fast.backends.cpu import fakes
-
-    fakes.register()
     _reason = ""
     return True
 

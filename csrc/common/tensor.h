@@ -47,15 +47,43 @@ inline Matrix matrix(const Tensor& t, const char* name) {
   return {kept, {kept.const_data_ptr(), is_bf16(t), collapses ? row : cols, 1}, rows, cols};
 }
 
-// a weight in any two strides, no copy; transposed swaps what is a row
-inline Source weight(const Tensor& t, bool transposed) {
-  return transposed ? Source{t.const_data_ptr(), is_bf16(t), t.stride(1), t.stride(0)}
-                    : Source{t.const_data_ptr(), is_bf16(t), t.stride(0), t.stride(1)};
+// a base weight in any two strides, no copy; transposed swaps what is a row; half: for bfloat16 arithmetic
+inline Source weight(const Tensor& t, bool transposed, bool half) {
+  check_float(t, "W");
+  Source s = transposed ? Source{t.const_data_ptr(), is_bf16(t), t.stride(1), t.stride(0)}
+                        : Source{t.const_data_ptr(), is_bf16(t), t.stride(0), t.stride(1)};
+  s.round = half && !s.bf16;  // a float32 weight under autocast is a rounded one
+  return s;
 }
 
 inline Source turned(Source s) {
   std::swap(s.row, s.col);
   return s;
+}
+
+// a small matrix as it lies in memory, and what of it begins at a row or column
+inline Source rows_of(const Tensor& t) { return {t.const_data_ptr(), is_bf16(t), t.stride(0), t.stride(1)}; }
+
+inline Source from_row(Source s, int64_t r0) {
+  s.data = (const char*)s.data + r0 * s.row * (s.bf16 ? 2 : 4);
+  return s;
+}
+
+inline Source from_col(Source s, int64_t c0) { return turned(from_row(turned(s), c0)); }
+
+// a fresh result; element (i, j) at i * row + j * col
+inline Target target(const Tensor& t, int64_t row, int64_t col) {
+  return {t.mutable_data_ptr(), is_bf16(t), row, col};
+}
+
+inline Tensor empty_like(const Tensor& like, const std::vector<int64_t>& size, std::optional<ScalarType> dtype = {}) {
+  return torch::stable::new_empty(like, size, dtype);
+}
+
+inline std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
+  std::vector<int64_t> size(t.sizes().begin(), t.sizes().end());
+  size.back() = last;
+  return size;
 }
 
 }  // namespace peft_fast

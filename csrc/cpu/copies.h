@@ -1,17 +1,11 @@
 // Copies between memory and packed operands, the epilogue and the dropout bits: plain loops that each isa_*.cpp
 // compiles with its own flags (everything here has internal linkage on purpose).
 #pragma once
-// gcc 12 warns of its own intrinsics
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/engine.h"
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "cpu/lanes.h"
 
 namespace peft_fast {
 namespace {

@@ -36,6 +36,21 @@ struct Segment {
   const void* b;
 };
 
+enum class Activation : int { silu, gelu, gelu_tanh, quick_gelu, relu, relu2, count };
+
+// n neighbouring elements of one row of h = act(gate)·up, bfloat16 or float32; gate null: h = act(up)
+struct ActLine {
+  Activation kind;
+  bool bf16;
+  int64_t n;
+  const void *gate, *up;
+  void* h;         // what the forward writes, and the backward too unless null
+  const void* dh;  // what the backward reads
+  void *dgate, *dup;
+  const uint8_t* bits;  // keep bits of the row, null = keep all
+  float keep_scale;     // 1/(1 − p)
+};
+
 struct Engine {
   const char* isa;
   bool half;  // packed operands are bfloat16, else float32
@@ -53,6 +68,10 @@ struct Engine {
   void (*finish)(const float* c, int64_t ldc, int m, int n, int64_t i0, int64_t j0, const Target&);
   // keep bits of one row of K elements, in whole groups of 16 bytes
   void (*mask_row)(uint64_t seed, uint64_t row, int64_t K, uint32_t threshold, uint8_t* out);
+  void (*activate)(const ActLine&);           // h
+  void (*activate_backward)(const ActLine&);  // dgate, dup and, where there is room, h
+  // n neighbouring elements: y = w_scale·w, rounded to y's type, + c_scale·c; c is read up to a multiple of nr
+  void (*add_row)(const void* w, bool bf16, float w_scale, const float* c, float c_scale, int64_t n, void* y);
   // around the tiles of one task: what the processor's tile state needs, 64 bytes keep the caller's; null = nothing
   void (*enter)(void* saved) = nullptr;
   void (*leave)(const void* saved) = nullptr;

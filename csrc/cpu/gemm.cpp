@@ -3,92 +3,21 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
+
+#include "cpu/scratch.h"
 
 namespace peft_fast {
 namespace {
 
 constexpr int64_t CHUNK_BYTES = 4 << 20;   // of packed B at a time: stays in the last-level cache
+constexpr int64_t CHUNK_PANELS = 16;       // and that many panels at the least: every chunk packs A anew
+constexpr int64_t LAYER_ROWS = 4096;       // whose accumulators wait between layers at a time
 constexpr int64_t BLOCK_BYTES = 256 << 10; // of A a task works on: stays in the second-level cache
 constexpr int64_t K_BYTES = 4096;          // of one row per pass over K: a panel stays in the second-level cache
 
-constexpr int64_t KEPT_BYTES = 32 << 20;   // of scratch a thread keeps between calls, per nesting depth
-
-// scratch that is kept per thread and nesting depth: fresh pages for every call would cost more than the copies
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) {
-    Slot& slot = slots()[depth()++];
-    if (bytes > slot.size) {
-      slot.data.reset();
-      slot.size = 0;
-      slot.data.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-      if (!slot.data) {
-        --depth();
-        throw std::bad_alloc();
-      }
-      slot.size = bytes;
-    }
-    data_ = (char*)slot.data.get();
-  }
-  ~Scratch() {
-    // a rare giant is not kept for the life of the thread
-    Slot& slot = slots()[--depth()];
-    if (slot.size > KEPT_BYTES) slot.data.reset(), slot.size = 0;
-  }
-  Scratch(const Scratch&) = delete;
-  char* data() const { return data_; }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  struct Slot {
-    std::unique_ptr<void, Free> data;
-    int64_t size = 0;
-  };
-  static Slot* slots() {
-    static thread_local Slot s[8];
-    return s;
-  }
-  static int& depth() {
-    static thread_local int d = 0;
-    return d;
-  }
-  char* data_;
-};
-
-// the tiles of one task run inside one of these
-class Session {
- public:
-  explicit Session(const Engine& e) : e_(e) {
-    if (e_.enter) e_.enter(saved_);
-  }
-  ~Session() {
-    if (e_.leave) e_.leave(saved_);
-  }
-  Session(const Session&) = delete;
-
- private:
-  const Engine& e_;
-  alignas(64) char saved_[64];
-};
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// elements a row of A takes: an odd number of cache lines, so that the rows of a tile fall into different sets
-int64_t padded_row(const Engine& e, int64_t k) {
-  const int64_t line = 64 / e.element();
-  const int64_t lines = ceil_div(e.padded(k), line);
-  return (lines | 1) * line;
-}
-
-void pack_panels(const Engine& e, int64_t K, int64_t N, const Source& b, int64_t p0, int64_t p1, int64_t first,
-                 char* out) {
-  const int64_t bytes = e.padded(K) * e.nr * e.element();
+// rows [r0, r0 + K) of panels [p0, p1) of b, which has N columns; the first at `out`, each `stride` bytes further
+void pack_panels(const Engine& e, int64_t r0, int64_t K, int64_t N, const Source& b, int64_t p0, int64_t p1, char* out,
+                 int64_t stride) {
   // columns that lie together in memory are read along the rows, a few rows at a time for all panels: a cold weight
   // then streams in, where one panel after another would touch every page of it for a line or two
   constexpr int64_t ROWS = 32;
@@ -97,9 +26,259 @@ void pack_panels(const Engine& e, int64_t K, int64_t N, const Source& b, int64_t
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t j = p * e.nr, n = std::min<int64_t>(e.nr, N - j);
       const int width = e.width(n);
-      e.panel(b, k0, std::min(step, K - k0), j, n, width, out + (p - first) * bytes + k0 * width * e.element());
+      e.panel(b, r0 + k0, std::min(step, K - k0), j, n, width, out + (p - p0) * stride + k0 * width * e.element());
     }
 }
+
+// a stretch of a left operand's k, and where it begins in a packed row of A
+struct Strip {
+  size_t left;
+  int64_t k0, k, at;
+};
+
+// panels [p0, p1) of one Columns, the first of them panel q0 of its chunk, with what is packed of it at `data`
+struct Cut {
+  size_t column;
+  int64_t p0, p1, q0, data;
+};
+
+// columns whose panels are packed together, so that they stay in the last-level cache
+struct Chunk {
+  std::vector<Cut> cuts;
+  int64_t panels = 0, bytes = 0;
+
+  // f(cut, first, last) for what lies in panels [q0, q1)
+  template <class F>
+  void each(int64_t q0, int64_t q1, const F& f) const {
+    for (const Cut& cut : cuts) {
+      const int64_t first = cut.p0 + std::max<int64_t>(q0 - cut.q0, 0);
+      const int64_t last = std::min(cut.p1, cut.p0 + q1 - cut.q0);
+      if (first < last) f(cut, first, last);
+    }
+  }
+};
+
+// how a product runs: its k in passes, whose packed rows of A lie side by side, and its columns in panels. One that is
+// too deep for a chunk of enough columns runs in layers: B is packed for a few passes at a time, over all rows
+class Plan {
+ public:
+  struct Part {  // of one Columns
+    int64_t panels, bytes;  // bytes: packed here of a panel, in the layer that has most
+    int64_t low_a;          // where its terms begin in a packed row of low-rank left operands
+    size_t first, last;     // passes
+  };
+  struct Packed {  // of one Columns in one layer: where in a panel which k of each right operand begins
+    std::vector<int64_t> k0, k, at;
+    int64_t low_b, bytes;
+  };
+  struct Layer {
+    size_t begin, end;  // passes
+    std::vector<Packed> packed;
+
+    bool holds(size_t pass) const { return begin <= pass && pass < end; }
+  };
+  const Engine& e;
+  const Product& product;
+  std::vector<std::vector<Strip>> passes;
+  std::vector<Part> parts;
+  std::vector<Layer> layers;
+  int64_t row, low_row;  // elements
+
+  // in layers whose chunks of CHUNK_PANELS take about `most` bytes
+  Plan(const Engine& engine, const Product& p, int64_t most) : e(engine), product(p) {
+    const int64_t size = e.element();
+    int64_t depth = 0, low = 0;
+    // strips begin at whole bytes of a mask
+    auto wide = [&](int64_t k) { return round_up(e.padded(k), 8); };
+    for (const Left& left : p.lefts) depth += wide(left.k);
+    const int64_t count = std::max<int64_t>(1, ceil_div(depth * size, K_BYTES));
+    const int64_t step = std::max<int64_t>(e.kpad, round_up(ceil_div(depth, count), std::max(e.kpad, 8)));
+    passes.resize(std::max<int64_t>(1, ceil_div(depth, step)));
+    int64_t at = 0;
+    for (size_t l = 0; l < p.lefts.size(); ++l)
+      for (int64_t k0 = 0; k0 < p.lefts[l].k;) {
+        const int64_t k = std::min(p.lefts[l].k - k0, step - at % step);
+        passes[at / step].push_back({l, k0, k, at % step});
+        k0 += k;
+        at += wide(k);
+      }
+    row = padded_row(e, std::min(step, std::max<int64_t>(depth, e.kpad)));
+    int64_t panels = 0, deepest = 0;
+    for (const Columns& c : p.columns) {
+      Part part{ceil_div(c.N, e.nr), 0, low, passes.size(), 0};
+      for (const LowRank& l : c.low) low += e.padded(l.k);
+      for (size_t i = 0; i < passes.size(); ++i)
+        for (const Strip& s : passes[i])
+          if (c.rights[s.left].b.data) part.first = std::min(part.first, i), part.last = i;
+      part.first = std::min(part.first, part.last);  // no product at all: still an output
+      parts.push_back(part);
+      panels += part.panels;
+    }
+    for (const Packed& packed : layer(0, passes.size()).packed) deepest = std::max(deepest, packed.bytes);
+    low_row = padded_row(e, std::max<int64_t>(low, e.kpad));
+    const int64_t wanted = std::min(panels, CHUNK_PANELS) * deepest;
+    const int64_t n = std::clamp<int64_t>((wanted + most / 2) / most, 1, passes.size());
+    for (int64_t i = 0; i < n; ++i) {
+      layers.push_back(layer(i * passes.size() / n, (i + 1) * passes.size() / n));
+      for (size_t c = 0; c < parts.size(); ++c) parts[c].bytes = std::max(parts[c].bytes, layers[i].packed[c].bytes);
+    }
+  }
+
+  // chunks of one size, about `most` bytes or CHUNK_PANELS
+  std::vector<Chunk> chunks(int64_t most) const {
+    int64_t total = 0, before = 0;
+    for (const Part& part : parts) {
+      total += part.panels * part.bytes;
+      most = std::max(most, CHUNK_PANELS * part.bytes);
+    }
+    const int64_t count = std::max<int64_t>(1, ceil_div(total, most));
+    std::vector<Chunk> all(count);
+    for (size_t c = 0; c < parts.size(); ++c)
+      for (int64_t p = 0; p < parts[c].panels; ++p, before += parts[c].bytes) {
+        Chunk& chunk = all[std::min(count - 1, before * count / std::max<int64_t>(total, 1))];
+        if (chunk.cuts.empty() || chunk.cuts.back().column != c)
+          chunk.cuts.push_back({c, p, p, chunk.panels, chunk.bytes});
+        ++chunk.cuts.back().p1;
+        ++chunk.panels;
+        chunk.bytes += parts[c].bytes;
+      }
+    std::erase_if(all, [](const Chunk& chunk) { return chunk.panels == 0; });
+    return all;
+  }
+
+  // panels [q0, q1) of a chunk, as far as they do not come packed
+  void pack(const Layer& layer, const Chunk& chunk, int64_t q0, int64_t q1, char* data) const {
+    chunk.each(q0, q1, [&](const Cut& cut, int64_t p0, int64_t p1) {
+      const Columns& c = product.columns[cut.column];
+      const Part& part = parts[cut.column];
+      const Packed& packed = layer.packed[cut.column];
+      char* to = data + cut.data + (p0 - cut.p0) * part.bytes;
+      for (size_t l = 0; l < c.rights.size(); ++l)
+        if (c.rights[l].b.data && !c.rights[l].packed)
+          pack_panels(e, packed.k0[l], packed.k[l], c.N, c.rights[l].b, p0, p1, to + packed.at[l], part.bytes);
+      to += packed.low_b;
+      for (const LowRank& l : c.low) {
+        if (!layer.holds(part.last)) break;
+        pack_panels(e, 0, l.k, c.N, l.b, p0, p1, to, part.bytes);
+        to += e.padded(l.k) * e.nr * e.element();
+      }
+    });
+  }
+
+  // what a task needs of scratch for blocks of mc rows × `panels`
+  struct Work {
+    char *a, *low_a;
+    float *z, *one;  // a low-rank product before its mask, c of a tile that takes one pass
+    float* c;        // those that take several, c_row floats a row
+    int64_t c_row;
+  };
+  int64_t a_bytes(int64_t mc) const { return round_up(mc * row * e.element(), 64); }
+  int64_t low_bytes(int64_t mc) const { return round_up(mc * low_row * e.element(), 64); }
+  int64_t c_bytes(int64_t mc, int64_t panels) const { return passes.size() > 1 ? mc * panels * e.nr * 4 : 0; }
+
+  // rows [i0, i0 + m) of panels [q0, q1); a_ready: w.a holds the left operands already
+  void run(const Layer& layer, const Chunk& chunk, const char* data, int64_t i0, int64_t m, int64_t q0, int64_t q1,
+           const Work& w, bool a_ready) const {
+    const int64_t size = e.element();
+    chunk.each(q0, q1, [&](const Cut& cut, int64_t, int64_t) {
+      if (!layer.holds(parts[cut.column].last)) return;
+      int64_t at = parts[cut.column].low_a;
+      for (const LowRank& l : product.columns[cut.column].low) {
+        e.rows(l.a, i0, m, 0, l.k, w.low_a + at * size, low_row);
+        at += e.padded(l.k);
+      }
+    });
+    std::vector<Segment> segments, masked;
+    for (size_t pass = layer.begin; pass < layer.end; ++pass) {
+      if (!a_ready)
+        for (const Strip& s : passes[pass])
+          e.rows(product.lefts[s.left].a, i0, m, s.k0, s.k, w.a + s.at * size, row);
+      chunk.each(q0, q1, [&](const Cut& cut, int64_t p0, int64_t p1) {
+        const Columns& c = product.columns[cut.column];
+        const Part& part = parts[cut.column];
+        const Packed& packed = layer.packed[cut.column];
+        if (pass < part.first || pass > part.last) return;
+        for (int64_t p = p0; p < p1; ++p) {
+          const int64_t j0 = p * e.nr;
+          const int n = int(std::min<int64_t>(e.nr, c.N - j0)), width = e.width(n);
+          const char* panel = data + cut.data + (p - cut.p0) * part.bytes;
+          segments.clear();
+          masked.clear();
+          for (const Strip& s : passes[pass]) {
+            const Right& right = c.rights[s.left];
+            if (!right.b.data) continue;
+            const int64_t whole = e.padded(product.lefts[s.left].k) * e.nr * size;
+            const char* b = right.packed ? (const char*)right.packed + p * whole + s.k0 * width * size
+                                         : panel + packed.at[s.left] + (s.k0 - packed.k0[s.left]) * width * size;
+            segments.push_back({e.padded(s.k), w.a + s.at * size, row, b});
+          }
+          if (pass == part.last) {
+            const char *a = w.low_a + part.low_a * size, *b = panel + packed.low_b;
+            for (const LowRank& l : c.low) {
+              const int64_t k = e.padded(l.k);
+              (l.mask.mask ? masked : segments).push_back({k, a, low_row, b});
+              a += k * size;
+              b += k * e.nr * size;
+            }
+          }
+          const bool split = part.first < part.last;
+          float* to = split ? w.c + (cut.q0 + p - cut.p0 - q0) * e.nr : w.one;
+          const int64_t ldc = split ? w.c_row : e.nr;
+          for (int64_t i = 0; i < m; i += e.mr, to += split ? e.mr * ldc : 0) {
+            const int mi = int(std::min<int64_t>(e.mr, m - i));
+            e.tile(segments.data(), int(segments.size()), to, ldc, mi, width, pass > part.first);
+            for (Segment& s : segments) s.a = (const char*)s.a + e.mr * s.lda * size;
+            if (pass < part.last) continue;
+            size_t next = 0;
+            for (const LowRank& l : c.low) {
+              if (!l.mask.mask) continue;
+              Segment& s = masked[next++];
+              e.tile(&s, 1, w.z, e.nr, mi, width, false);
+              s.a = (const char*)s.a + e.mr * s.lda * size;
+              e.add_masked(to, ldc, w.z, e.nr, mi, n, l.mask, i0 + i, j0, l.mask_scale);
+            }
+            e.finish(to, ldc, mi, n, i0 + i, j0, c.y);
+          }
+        }
+      });
+    }
+  }
+
+  bool in_layers() const { return layers.size() > 1; }
+
+  bool same_lefts(const Plan& other) const {
+    const auto &a = product.lefts, &b = other.product.lefts;
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Left& l, const Left& r) {
+      return l.a.data == r.a.data && l.a.mask == r.a.mask && l.k == r.k;
+    });
+  }
+
+ private:
+  // passes [begin, end) of the columns in parts
+  Layer layer(size_t begin, size_t end) const {
+    Layer layer{begin, end, {}};
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const Columns& c = product.columns[i];
+      const size_t n = c.rights.size();
+      Packed packed{std::vector<int64_t>(n), std::vector<int64_t>(n), std::vector<int64_t>(n), 0, 0};
+      for (size_t pass = begin; pass < end; ++pass)
+        for (const Strip& s : passes[pass]) {
+          if (packed.k[s.left] == 0) packed.k0[s.left] = s.k0;
+          packed.k[s.left] += s.k;
+        }
+      const int64_t line = e.nr * e.element();
+      for (size_t l = 0; l < n; ++l) {
+        packed.at[l] = packed.low_b;
+        if (c.rights[l].b.data && !c.rights[l].packed) packed.low_b += e.padded(packed.k[l]) * line;
+      }
+      packed.bytes = packed.low_b;
+      for (const LowRank& l : c.low)
+        if (layer.holds(parts[i].last)) packed.bytes += e.padded(l.k) * line;
+      layer.packed.push_back(std::move(packed));
+    }
+    return layer;
+  }
+};
 
 }  // namespace
 
@@ -108,147 +287,89 @@ int64_t packed_bytes(const Engine& e, int64_t K, int64_t N) {
 }
 
 void pack(const Engine& e, int64_t K, int64_t N, const Source& b, void* out) {
+  const int64_t bytes = e.padded(K) * e.nr * e.element();
   torch::stable::parallel_for(0, ceil_div(N, e.nr), 1, [&](int64_t p0, int64_t p1) {
-    pack_panels(e, K, N, b, p0, p1, 0, (char*)out);
+    pack_panels(e, 0, K, N, b, p0, p1, (char*)out + p0 * bytes, bytes);
   });
 }
 
-void gemm(const Engine& e, int64_t M, int64_t N, int64_t K, const Source& a, const Source& b,
-          const std::vector<LowRank>& low, const Target& y, const void* packed) {
-  if (M == 0 || N == 0) return;
-  const int64_t size = e.element(), panels = ceil_div(N, e.nr), kp = e.padded(K);
-  const int64_t panel_bytes = kp * e.nr * size;
-  int64_t r = 0;  // packed depth of all low-rank terms
-  for (const LowRank& l : low) r += e.padded(l.k);
-  const int64_t low_bytes = r * e.nr * size;
-  const int64_t chunk =
-      packed ? panels : std::clamp<int64_t>(CHUNK_BYTES / std::max<int64_t>(panel_bytes + low_bytes, 1), 1, panels);
-
-  // K in passes of one depth, a multiple of kpad; the first-level accumulators live in c
-  const int64_t passes = std::max<int64_t>(1, ceil_div(kp * size, K_BYTES));
-  const int64_t depth = std::max<int64_t>(e.kpad, round_up(ceil_div(kp, passes), std::max(e.kpad, 8)));
-  const int64_t row = padded_row(e, depth), low_row = padded_row(e, std::max<int64_t>(r, e.kpad));
-  const int64_t threads = torch::stable::get_num_threads();
-  int64_t mc = std::max<int64_t>(e.mr, BLOCK_BYTES / (row * size) / e.mr * e.mr);
-  // blocks differ by one tile at the most, and every thread gets as many of them
-  const int64_t tiles = ceil_div(M, e.mr);
-  const int64_t blocks = std::min(round_up(ceil_div(M, mc), threads), tiles);
-  mc = ceil_div(tiles, blocks) * e.mr;
-
-  Scratch shared((packed ? 0 : chunk * panel_bytes) + chunk * low_bytes + 64);
-  char* b_chunk = shared.data();
-  for (int64_t c0 = 0; c0 < panels; c0 += chunk) {
-    const int64_t cn = std::min(chunk, panels - c0);
-    char* low_chunk = b_chunk + (packed ? 0 : cn * panel_bytes);
-    torch::stable::parallel_for(0, cn, 1, [&](int64_t p0, int64_t p1) {
-      if (!packed) pack_panels(e, K, N, b, c0 + p0, c0 + p1, c0, b_chunk);
-      for (int64_t p = p0; p < p1; ++p) {
-        const int64_t j = (c0 + p) * e.nr, n = std::min<int64_t>(e.nr, N - j);
-        char* to = low_chunk + p * low_bytes;
-        for (const LowRank& l : low) {
-          e.panel(l.b, 0, l.k, j, n, e.width(n), to);
-          to += e.padded(l.k) * e.nr * size;
-        }
-      }
-    });
-    const char* b_panels = packed ? (const char*)packed + c0 * panel_bytes : b_chunk;
-    // few rows: cut the columns too, so that every thread has work
-    const int64_t cuts = std::min(cn, std::max<int64_t>(1, threads / blocks));
-    const int64_t per_cut = ceil_div(cn, cuts);
-    torch::stable::parallel_for(0, blocks * cuts, 1, [&](int64_t t0, int64_t t1) {
-      const int64_t c_row = per_cut * e.nr;
-      const bool split = kp > depth;
-      const int64_t a_bytes = round_up(mc * row * size, 64), low_a_bytes = round_up(mc * low_row * size, 64);
-      Scratch own(a_bytes + low_a_bytes + 2 * 64 * 64 * 4 + (split ? mc * c_row * 4 : 0));
-      char* a_block = own.data();
-      char* low_a = a_block + a_bytes;
-      float* z = (float*)(low_a + low_a_bytes);  // a low-rank product before its mask
-      float* one = z + 64 * 64;                  // c of one tile when K takes one pass
-      float* c_block = one + 64 * 64;
-      const Session session(e);
-      std::vector<Segment> segments, masked;
-      for (int64_t t = t0; t < t1; ++t) {
-        const int64_t block = t / cuts, i0 = block * tiles / blocks * e.mr;
-        const int64_t m = std::min(M, (block + 1) * tiles / blocks * e.mr) - i0;
-        const int64_t q0 = t % cuts * per_cut, q1 = std::min(cn, q0 + per_cut);
-        int64_t at = 0;
-        for (const LowRank& l : low) {
-          e.rows(l.a, i0, m, 0, l.k, low_a + at * size, low_row);
-          at += e.padded(l.k);
-        }
-        for (int64_t k0 = 0; k0 < kp || k0 == 0; k0 += depth) {
-          const int64_t kn = std::min(depth, K - k0), kn_padded = e.padded(kn);
-          const bool last = k0 + depth >= kp;
-          e.rows(a, i0, m, k0, kn, a_block, row);
-          for (int64_t q = q0; q < q1; ++q) {
-            const int64_t j0 = (c0 + q) * e.nr;
-            const int n = int(std::min<int64_t>(e.nr, N - j0)), width = e.width(n);
-            const char* bp = b_panels + q * panel_bytes + k0 * width * size;
-            const char* lp = low_chunk + q * low_bytes;
-            for (int64_t i = 0; i < m; i += e.mr) {
-              const int mi = int(std::min<int64_t>(e.mr, m - i));
-              float* c = split ? c_block + i * c_row + (q - q0) * e.nr : one;
-              const int64_t ldc = split ? c_row : e.nr;
-              segments.assign(1, {kn_padded, a_block + i * row * size, row, bp});
-              int64_t from = 0;
-              for (const LowRank& l : low) {
-                const int64_t k = e.padded(l.k);
-                const Segment term{k, low_a + (i * low_row + from) * size, low_row, lp + from * e.nr * size};
-                if (last) (l.mask.mask ? masked : segments).push_back(term);
-                from += k;
-              }
-              e.tile(segments.data(), int(segments.size()), c, ldc, mi, width, k0 > 0);
-              if (!last) continue;
-              size_t next = 0;
-              for (const LowRank& l : low) {
-                if (!l.mask.mask) continue;
-                e.tile(&masked[next++], 1, z, e.nr, mi, width, false);
-                e.add_masked(c, ldc, z, e.nr, mi, n, l.mask, i0 + i, j0, l.mask_scale);
-              }
-              masked.clear();
-              e.finish(c, ldc, mi, n, i0 + i, j0, y);
-            }
-          }
-        }
-      }
-    });
+void gemm(const Engine& e, int64_t M, const Product& main, const Product* before) {
+  if (M == 0) return;
+  const Plan plan(e, main, CHUNK_BYTES);
+  const std::vector<Chunk> chunks = plan.chunks(CHUNK_BYTES);
+  if (chunks.empty()) {
+    if (before) gemm(e, M, *before);
+    return;
   }
-}
+  const int64_t threads = torch::stable::get_num_threads();
+  // rows at a time: all, but accumulators that wait between layers must not grow with M
+  const int64_t span = plan.in_layers() ? std::min(M, LAYER_ROWS) : M;
+  int64_t mc = std::max<int64_t>(e.mr, BLOCK_BYTES / (plan.row * e.element()) / e.mr * e.mr);
+  // blocks differ by one tile at the most, and every thread gets as many of them
+  const int64_t most_tiles = ceil_div(span, e.mr);
+  const int64_t most_blocks = std::min(round_up(ceil_div(span, mc), threads), most_tiles);
+  mc = ceil_div(most_tiles, most_blocks) * e.mr;
+  // few rows: cut the columns too, so that every thread has work; what they all read must then be complete
+  const int64_t share = std::max<int64_t>(1, threads / most_blocks);
+  if (before && share > 1) {
+    gemm(e, M, *before);
+    before = nullptr;
+  }
+  constexpr int64_t WHOLE = INT64_MAX / 2;
+  const Product none;
+  const Plan first(e, before ? *before : none, WHOLE);
+  std::vector<Chunk> skinny = first.chunks(WHOLE);
+  if (skinny.empty()) skinny.emplace_back();
+  const Chunk& ahead = skinny.front();
+  const bool a_ready = plan.passes.size() == 1 && first.passes.size() == 1 && plan.same_lefts(first);
 
-void gemm_tokens(const Engine& e, int64_t m, int64_t N, int64_t M, const Source& a, const Source& b,
-                 const Target& y) {
-  if (m == 0 || N == 0) return;
-  const int64_t size = e.element(), panels = ceil_div(N, e.nr);
-  constexpr int64_t DEPTH = 256;  // tokens at a time: the panel is read back from the first-level cache
-  const int64_t mr = round_up(ceil_div(m, ceil_div(m, e.mr)), e.row_step), rows = round_up(m, mr);
-  const int64_t a_row = padded_row(e, DEPTH);
-  torch::stable::parallel_for(0, panels, 1, [&](int64_t p0, int64_t p1) {
-    const int64_t c_row = (p1 - p0) * e.nr;
-    Scratch own(rows * a_row * size + DEPTH * e.nr * size + rows * c_row * 4);
-    char* a_block = own.data();
-    char* panel = a_block + rows * a_row * size;
-    float* c = (float*)(panel + DEPTH * e.nr * size);
-    const Session session(e);
-    for (int64_t k0 = 0; k0 < M || k0 == 0; k0 += DEPTH) {
-      const int64_t kn = std::min(DEPTH, M - k0), k = e.padded(kn);
-      e.rows(a, 0, m, k0, kn, a_block, a_row);
-      for (int64_t p = p0; p < p1; ++p) {
-        const int64_t j0 = p * e.nr, n = std::min<int64_t>(e.nr, N - j0);
-        const int width = e.width(n);
-        e.panel(b, k0, kn, j0, n, width, panel);
-        for (int64_t i = 0; i < m; i += mr) {
-          const int mi = int(std::min(mr, m - i));
-          const Segment part{k, a_block + i * a_row * size, a_row, panel};
-          e.tile(&part, 1, c + i * c_row + (p - p0) * e.nr, c_row, mi, width, k0 > 0);
+  int64_t most = 0, most_panels = 0;
+  for (const Chunk& chunk : chunks) {
+    most = std::max(most, round_up(chunk.bytes, 64));
+    most_panels = std::max(most_panels, chunk.panels);
+  }
+  const int64_t ahead_bytes = round_up(ahead.bytes, 64);
+  Scratch shared(ahead_bytes + most + (plan.in_layers() ? plan.c_bytes(most_tiles * e.mr, most_panels) : 0) + 64);
+  char* panels = shared.data() + ahead_bytes;
+  float* waiting = (float*)(panels + most);
+  // one layer of one chunk over rows [begin, begin + rows)
+  auto run = [&](const Plan::Layer& layer, const Chunk& chunk, int64_t begin, int64_t rows, int64_t also) {
+    torch::stable::parallel_for(0, chunk.panels + also, 1, [&](int64_t q0, int64_t q1) {
+      plan.pack(layer, chunk, q0, std::min(q1, chunk.panels), panels);
+      if (also) first.pack(first.layers[0], ahead, q0 - chunk.panels, q1 - chunk.panels, shared.data());
+    });
+    const int64_t tiles = ceil_div(rows, e.mr), blocks = std::min(most_blocks, tiles);
+    const int64_t cuts = std::min(chunk.panels, share), per_cut = ceil_div(chunk.panels, cuts);
+    torch::stable::parallel_for(0, blocks * cuts, 1, [&](int64_t t0, int64_t t1) {
+      const int64_t a = std::max(plan.a_bytes(mc), first.a_bytes(mc)), low = plan.low_bytes(mc), z = 64 * 64 * 4;
+      const int64_t c = plan.in_layers() ? 0 : plan.c_bytes(mc, per_cut);
+      Scratch own(a + low + 2 * z + std::max(c, first.c_bytes(mc, also)));
+      char* at = own.data();
+      float* z_at = (float*)(at + a + low);
+      Plan::Work w{at, at + a, z_at, z_at + 64 * 64, z_at + 2 * 64 * 64, 0};
+      const Session session(e);
+      for (int64_t t = t0; t < t1; ++t) {
+        const int64_t block = t / cuts, i = block * tiles / blocks * e.mr;
+        const int64_t m = std::min(rows, (block + 1) * tiles / blocks * e.mr) - i;
+        const int64_t q0 = t % cuts * per_cut, q1 = std::min(chunk.panels, q0 + per_cut);
+        if (also) {
+          w.c_row = also * e.nr;
+          first.run(first.layers[0], ahead, shared.data(), begin + i, m, 0, also, w, false);
         }
+        if (q0 >= q1) continue;
+        Plan::Work main = w;
+        main.c_row = (plan.in_layers() ? chunk.panels : q1 - q0) * e.nr;
+        if (plan.in_layers()) main.c = waiting + i * main.c_row + q0 * e.nr;
+        plan.run(layer, chunk, panels, begin + i, m, q0, q1, main, also && a_ready);
       }
-    }
-    for (int64_t p = p0; p < p1; ++p) {
-      const int64_t j0 = p * e.nr;
-      const int n = int(std::min<int64_t>(e.nr, N - j0));
-      e.finish(c + (p - p0) * e.nr, c_row, int(m), n, 0, j0, y);
-    }
-  });
+    });
+  };
+  for (const Chunk& chunk : chunks)
+    for (int64_t begin = 0; begin < M; begin += span)
+      for (const Plan::Layer& layer : plan.layers) {
+        const bool start = &chunk == &chunks.front() && &layer == &plan.layers.front();
+        run(layer, chunk, begin, std::min(span, M - begin), start ? ahead.panels : 0);
+      }
 }
 
 }  // namespace peft_fast

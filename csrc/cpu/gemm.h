@@ -1,4 +1,4 @@
-// y = Σ_segments a·b, tiled over an engine, with the epilogue run while a tile is in the first-level cache.
+// Products tiled over an engine, with the epilogue run while a tile is in the first-level cache.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -6,6 +6,19 @@
 #include "cpu/engine.h"
 
 namespace peft_fast {
+
+// a (M, k)
+struct Left {
+  Source a;
+  int64_t k;
+};
+
+// b (k, N), k that of its left operand; b.data null = these columns have no such product.
+// packed = pack's output for b, or null
+struct Right {
+  Source b;
+  const void* packed = nullptr;
+};
 
 // one low-rank term: a (M, k) · b (k, N); with a mask, its product is kept where the mask's bit is set and scaled
 struct LowRank {
@@ -15,12 +28,41 @@ struct LowRank {
   float mask_scale = 1.0f;
 };
 
-// y (M, N) = a (M, K) · b (K, N) + Σ low-rank terms; `packed` = pack_weight's output for b, or null
-void gemm(const Engine&, int64_t M, int64_t N, int64_t K, const Source& a, const Source& b,
-          const std::vector<LowRank>& low, const Target& y, const void* packed = nullptr);
+// N columns: y (M, N) = Σ left · right + Σ low-rank terms
+struct Columns {
+  int64_t N;
+  std::vector<Right> rights;  // one for each left operand
+  std::vector<LowRank> low;
+  Target y;
+};
 
-// y (m, N) = a (m, M) · b (M, N), m small and M long (tokens): one pass over b, deterministic for any thread count
-void gemm_tokens(const Engine&, int64_t m, int64_t N, int64_t M, const Source& a, const Source& b, const Target& y);
+// columns that share their left operands: each block of those is packed once for all
+struct Product {
+  std::vector<Left> lefts;
+  std::vector<Columns> columns;
+};
+
+// `before`: a skinny product whose results are read by the other's low-rank terms; a block of its rows is computed just
+// ahead of that block of `main`, while their common left operand is in the caches. Null = none
+void gemm(const Engine&, int64_t M, const Product& main, const Product* before = nullptr);
+
+// m rows: y (m, N) = a (m, M) · b (M, N), b seen through `mask` where that has one
+struct Tall {
+  Source a;
+  int64_t m;
+  Target y;
+  Source mask{};
+};
+
+// products with one right operand: b is read once for all
+struct Tokens {
+  Source b;
+  int64_t N;
+  std::vector<Tall> talls;
+};
+
+// m small and M long (tokens): one pass over each b, deterministic for any thread count
+void gemm_tokens(const Engine&, int64_t M, const std::vector<Tokens>& all);
 
 // all panels of b (K, N), as gemm reads them
 int64_t packed_bytes(const Engine&, int64_t K, int64_t N);

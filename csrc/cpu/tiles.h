@@ -6,15 +6,11 @@
 #include <array>
 #include <utility>
 
+#include "cpu/activation.h"
 #include "cpu/copies.h"
 
 namespace peft_fast {
 namespace {
-
-template <int V>
-struct Floats {
-  typedef float type __attribute__((vector_size(V * 4), aligned(4), may_alias));
-};
 
 // arithmetic of one step: float32 multiply-add, one k at a time
 template <int V>
@@ -23,7 +19,7 @@ struct F32Step {
   static constexpr int pair = 1;
   // terms summed one after another before they join c: the error of a float32 sum grows with the length of its chain
   static constexpr int64_t chain = 256;
-  using vec = typename Floats<V>::type;
+  using vec = typename Vector<float, V>::type;
   static vec load_b(const float* b) { return *(const vec*)b; }
   static vec broadcast(const float* a) { return vec{} + *a; }
   static void step(vec& acc, vec a, vec b) { acc += a * b; }
@@ -35,7 +31,7 @@ struct Bf16Step {
   using element = uint16_t;
   static constexpr int pair = 2;
   static constexpr int64_t chain = 4096;  // operands are rounded far more coarsely than their sum
-  using vec = Floats<16>::type;
+  using vec = Vector<float, 16>::type;
   static vec load_b(const uint16_t* b) { return (vec)_mm512_loadu_si512(b); }
   static vec broadcast(const uint16_t* a) {
     int32_t two;
@@ -120,7 +116,7 @@ template <class S, int V, int MR>
 constexpr Engine engine_of(const char* isa) {
   using E = typename S::element;
   return {isa,       sizeof(E) == 2, MR, 2 * V, S::pair, 1, rows<E, S::pair>, panel<E, S::pair, false>, tile<S, V, MR>,
-          add_masked, finish,        mask_row};
+          add_masked, finish,        mask_row, activate<V, false>, activate<V, true>, add_row<V>};
 }
 
 }  // namespace

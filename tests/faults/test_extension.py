@@ -63,6 +63,19 @@ def test_damaged(root, tmp_path, kind):
     assert lines == "3"
 
 
+def test_a_library_of_older_sources(root, tmp_path):
+    """An update of the Python files alone, as `git pull` makes it, must not end in a traceback."""
+    if not native.LIBRARY.exists():
+        pytest.skip("there is no extension to make older")
+    blob, path = native.LIBRARY.read_bytes(), tmp_path / "libpeft_fast.so"
+    for here in (b"lora_group_backward(", b"\0lora_group_backward\0"):  # its schema, its kernel
+        assert here in blob
+        blob = blob.replace(here, here.replace(b"group", b"grope"))
+    path.write_bytes(blob)
+    state, lines = run(root, path)
+    assert state.startswith("False libpeft_fast.so does not load (") and lines == "3"
+
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler named c++")
 def test_a_library_that_is_not_ours(root, tmp_path):
     path = tmp_path / "libpeft_fast.so"

@@ -20,6 +20,8 @@ WRONG = [
     ("PEFT_FAST_MIN_TOKENS", "few"),
     ("PEFT_FAST_MIN_TOKENS", "-1"),
     ("PEFT_FAST_EXACT", "maybe"),
+    ("PEFT_FAST_GROUPS", "all"),
+    ("PEFT_FAST_BLOCKS", "-1"),
     ("PEFT_FAST_DISABLE", "2"),
     ("PEFT_FAST_QUIET", "nein"),
 ]
@@ -31,6 +33,9 @@ RIGHT = [
     ("PEFT_FAST_MIN_TOKENS", "0", "min_tokens", 0),
     ("PEFT_FAST_MIN_TOKENS", "", "min_tokens", 128),
     ("PEFT_FAST_EXACT", "1", "exact", True),
+    ("PEFT_FAST_GROUPS", "0", "groups", False),
+    ("PEFT_FAST_BLOCKS", "no", "blocks", False),
+    ("PEFT_FAST_BLOCKS", "", "blocks", True),
     ("PEFT_FAST_DISABLE", "off", "disable", False),
     ("PEFT_FAST_QUIET", "TRUE", "quiet", True),
     ("PEFT_FAST_LIBRARY", "other.so", "library", Path("other.so")),

@@ -12,23 +12,74 @@ def register() -> None:
     """Registers the fake kernels; needs the operators to be loaded."""
     torch.library.register_fake("peft_fast::lora_linear", _lora_linear)
     torch.library.register_fake("peft_fast::lora_linear_backward", _lora_linear_backward)
+    torch.library.register_fake("peft_fast::lora_group", _lora_group)
+    torch.library.register_fake("peft_fast::lora_group_backward", _lora_group_backward)
+    torch.library.register_fake("peft_fast::lora_mlp_activate", _lora_mlp_activate)
+    torch.library.register_fake("peft_fast::lora_mlp_activate_backward", _lora_mlp_activate_backward)
+    torch.library.register_fake("peft_fast::lora_mlp_down_backward", _lora_mlp_down_backward)
+    torch.library.register_fake("peft_fast::lora_embedding", _lora_embedding)
+    torch.library.register_fake("peft_fast::lora_embedding_backward", _lora_embedding_backward)
     torch.library.register_fake("peft_fast::dropout_mask", _dropout_mask)
 
 
 def _lora_linear(x, W, bias, A, B, seed, ranks, scalings, ps, transposed, packed=None):
-    N = W.shape[1] if transposed else W.shape[0]
-    M = 1
-    for size in x.shape[:-1]:
-        M = M * size
-    return x.new_empty(*x.shape[:-1], N), x.new_empty(M, A.shape[0], dtype=torch.float32)
+    (y,), H = _lora_group(x, [W], [bias], A, [B], seed, [len(ranks)], ranks, scalings, ps, [transposed], [packed])
+    return y, H
 
 
 def _lora_linear_backward(g, x, W, A, B, H, seed, ranks, scalings, ps, transposed, needs, wide_dx, packed=None):
-    dx = x.new_empty(x.shape if needs[0] else (0,), dtype=torch.float32 if wide_dx else x.dtype)
-    dA = A.new_empty(A.shape if needs[3] else (0,))
-    dB = B.new_empty(B.shape if needs[4] else (0,))
-    dbias = x.new_empty((g.shape[-1] if needs[2] else 0,), dtype=torch.float32)
+    needs = needs[0], [needs[2]], needs[3], [needs[4]]
+    lists = [len(ranks)], ranks, scalings, ps, [transposed], *needs, wide_dx, [packed]
+    dx, dA, (dB,), (dbias,) = _lora_group_backward([g], x, [W], A, [B], H, seed, *lists)
     return dx, dA, dB, dbias
+
+
+def _lora_group(x, Ws, biases, A, Bs, seed, counts, ranks, scalings, ps, transposed, packed):
+    ys = [x.new_empty(*x.shape[:-1], W.shape[1 if t else 0]) for W, t in zip(Ws, transposed, strict=True)]
+    M = 1
+    for size in x.shape[:-1]:
+        M = M * size
+    return ys, x.new_empty(M, A.shape[0], dtype=torch.float32)
+
+
+def _lora_group_backward(
+    gs, x, Ws, A, Bs, H, seed, counts, ranks, scalings, ps, transposed,
+    needs_x, needs_bias, needs_A, needs_B, wide_dx, packed,
+):  # fmt: skip
+    dx = x.new_empty(x.shape if needs_x else (0,), dtype=torch.float32 if wide_dx else x.dtype)
+    dA = A.new_empty(A.shape if needs_A and A.shape[0] else (0,))
+    dBs = [B.new_empty(B.shape if need and B.shape[1] else (0,)) for B, need in zip(Bs, needs_B, strict=True)]
+    dbiases = [
+        x.new_empty((g.shape[-1] if need else 0,), dtype=torch.float32) for g, need in zip(gs, needs_bias, strict=True)
+    ]
+    return dx, dA, dBs, dbiases
+
+
+def _lora_mlp_activate(gate, up, seed, activation, halves, p):
+    return up.new_empty(up.shape[0], up.shape[1] // 2 if halves else up.shape[1])
+
+
+def _lora_mlp_activate_backward(dh, gate, up, seed, activation, halves, p):
+    return up.new_empty(up.shape[0] if gate is not None else 0, dh.shape[1]), up.new_empty(up.shape)
+
+
+def _lora_mlp_down_backward(
+    g, W, A, B, H, seed, ranks, scalings, ps, transposed, needs, packed, gate, up, h_seed, activation, halves, p
+):
+    dgate = up.new_empty(up.shape[0] if gate is not None else 0, W.shape[0 if transposed else 1])
+    dA = A.new_empty(A.shape if needs[1] and ranks else (0,))
+    dB = B.new_empty(B.shape if needs[2] and ranks else (0,))
+    return dgate, up.new_empty(up.shape), dA, dB, up.new_empty((g.shape[-1] if needs[0] else 0,), dtype=torch.float32)
+
+
+def _lora_embedding(ids, W, A, B, scale, scaling):
+    M = ids.shape[0]
+    return W.new_empty(M, W.shape[1]), W.new_empty(M, A.shape[0], dtype=torch.float32)
+
+
+def _lora_embedding_backward(g, ids, A, B, H, scale, scaling, padding, needs):
+    r, V = A.shape
+    return A.new_empty(r if needs[0] else 0, V), B.new_empty(B.shape[0] if needs[1] else 0, r)
 
 
 def _dropout_mask(seed, M, K, p):
