@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from peft_fast import native, settings
-from peft_fast.backends import cuda, triton
+from peft_fast.backends import cuda, has, triton
 from peft_fast.backends.triton import tuning
 from peft_fast.errors import SettingsError, fail
 
@@ -27,8 +27,8 @@ BACKEND_PLANS = {
 # what is picked where no backend is named; on any other device, cpu
 AUTO = {"cuda": "triton"}
 PLANS = tuple(dict.fromkeys(plan for plans in BACKEND_PLANS.values() for plan in plans))
-# backends that are modules peft_fast.backends.<name>
-COMPILED = ("torch", "cpu", "triton", "cuda")
+# who takes the ops that a backend has no file for
+INSTEAD = {"cuda": "triton"}
 
 
 class Choice(NamedTuple):
@@ -48,8 +48,9 @@ def pick(
     backend: str | None = None,
     plan: str | None = None,
     dropout: bool = False,
+    op: str = "lora_linear",
 ) -> Choice:
-    """x (..., K) computed in ``dtype``, W, others = (bias, A, …) -> Choice.
+    """x (..., K) computed in ``dtype``, W, others = (bias, A, …) -> Choice for ``op``.
 
     A named backend or plan is taken as is, or refused with SettingsError.
     """
@@ -58,7 +59,7 @@ def pick(
         fail(SettingsError, f"plan={plan!r}", "one of " + ", ".join(PLANS), "leave plan out to let dispatch pick")
     if name == "auto":
         name = AUTO.get(x.device.type, "cpu")
-        refusal = _refuses(name, x, dtype, W, others, exact, plan)
+        refusal = _refuses(name, x, dtype, W, others, exact, plan, op)
         if refusal:
             name, why = "torch", refusal
         else:
@@ -68,13 +69,16 @@ def pick(
         fail(SettingsError, f"backend={name!r}", need, "leave backend out to let dispatch pick")
     else:
         why = "asked for by name"
-        if refusal := _refuses(name, x, dtype, W, others, exact, plan):
+        if name in INSTEAD and not has(name, op):
+            name, why = INSTEAD[name], f"{name}, asked for by name, has no {op}"
+        if refusal := _refuses(name, x, dtype, W, others, exact, plan, op):
             if backend:
                 need, do = f"tensors it takes: {refusal}", "leave backend out, or use backend='torch'"
                 fail(SettingsError, f"backend={backend!r}", need, do)
             name, why = "torch", refusal
     if plan is None:
-        plan = _tuned_plan(x, dtype, W, others, dropout) if name == "triton" else "accumulate"
+        tuned = name == "triton" and op != "lora_embedding"
+        plan = _tuned_plan(x, dtype, W, others, dropout) if tuned else "accumulate"
     elif plan not in BACKEND_PLANS[name]:
         need = f"a plan of the backend that takes these tensors, {name}: " + ", ".join(BACKEND_PLANS[name])
         fail(SettingsError, f"plan={plan!r}", need, "leave plan out to let dispatch pick")
@@ -86,8 +90,10 @@ def must_be_exact(dtype: torch.dtype, adapters: Iterable[torch.Tensor]) -> bool:
     return dtype == torch.float16 and any(t.dtype == torch.float32 for t in adapters)
 
 
-def _refuses(name, x, dtype, W, others, exact, plan):
+def _refuses(name, x, dtype, W, others, exact, plan, op):
     """Why this backend does not take the call; empty when it does."""
+    if not has(name, op):
+        return f"it has no {op}"
     if plan is not None and plan not in BACKEND_PLANS[name]:
         return f"it has no plan {plan!r}"
     if name in _refusals:
@@ -142,7 +148,7 @@ _refusals = {"cpu": cpu_refuses, "triton": triton_refuses, "cuda": cuda_refuses}
 def _tuned_plan(x, dtype, W, others, dropout):
     K = x.shape[-1]
     N = W.shape[0] if W.shape[1] == K else W.shape[1]
-    R = sum(t.shape[0] for t in others if t.dim() == 2)
+    R = sum(t.shape[0] for t in others if t.dim() == 2 and t.shape[1] == K)  # a block's others are also down's
     return tuning.plan(N, K, R, dropout, dtype, x.device.index or 0)
 
 

@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from peft_fast.reference import lora_linear as reference
+from tests import inputs, stock
+from tests.inputs import DTYPES, EVERYWHERE, Dtypes, Layer, Leaf, Tensors, place
 
-@dataclass(frozen=True)
-class Dtypes:
-    """Dtypes of base, x and adapters, and autocast's around the call; the GEMMs run in `compute`."""
-
-    base: torch.dtype
-    x: torch.dtype
-    adapter: torch.dtype
-    autocast: torch.dtype | None = None
-
-    @property
-    def compute(self) -> torch.dtype:
-        return self.autocast or self.x
-
-    @property
-    def mixed(self) -> bool:
-        """True where adapters have more bits than the activations they are computed with."""
-        return self.adapter != self.compute
-
-    @property
-    def exact(self) -> bool:
-        """True where the adapters keep their own arithmetic without being told: float16 has too small a range."""
-        return self.mixed and self.compute == torch.float16 and self.autocast is None
-
-
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-DTYPES = {
-    "f32": Dtypes(F32, F32, F32),
-    "bf16": Dtypes(BF16, BF16, BF16),
-    "f16": Dtypes(F16, F16, F16),
-    "bf16_f32_adapters": Dtypes(BF16, BF16, F32),
-    "f16_f32_adapters": Dtypes(F16, F16, F32),
-    "bf16_f32_adapters_autocast": Dtypes(BF16, BF16, F32, BF16),
-    "f16_f32_adapters_autocast": Dtypes(F16, F16, F32, F16),
-    "bf16_f32_adapters_f32_x_autocast": Dtypes(BF16, F32, F32, BF16),
-    "f32_autocast": Dtypes(F32, F32, F32, BF16),
-    "f32_bf16_x_autocast": Dtypes(F32, BF16, F32, BF16),
-}
+__all__ = ["CASES", "CORNERS", "DTYPES", "EMPTY", "EVERYWHERE", "Case", "Dtypes", "place", "rows"]
 
 
 @dataclass(frozen=True)
@@ -66,9 +34,47 @@ class Case:
     young: bool = False  # B and g as small as after a first step: s·g·B is far below float16's range
     layout: dict[str, str] = field(default_factory=dict, hash=False)
 
+    op = "lora_linear"
+    rounds_adapters = True  # some backends round float32 adapters to the activations' dtype
+
     @property
     def M(self) -> int:
         return torch.Size(self.lead).numel()
+
+    @property
+    def layer(self) -> Layer:
+        options = self.bias, self.adapter_bias, self.transposed, self.base_trains, self.tensor_scaling
+        return Layer(self.N, self.ranks, self.p, self.scaling, *options)
+
+    def leaves(self) -> list[tuple[str, Leaf]]:
+        """(name, Leaf) of each input."""
+        return [("x", Leaf((*self.lead, self.K), "x")), *self.layer.leaves(self.K, self.young)]
+
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each output."""
+        return {"y": (*self.lead, self.N)}
+
+    def dropouts(self) -> list[tuple[float, tuple[int, ...]]]:
+        """(p, shape) of each mask, in the order of their seeds."""
+        return self.layer.dropouts((*self.lead, self.K))
+
+    def roundings(self) -> list[int]:
+        """Elements of y, dx, dA, dB and of H and D, on whose roundings the others hang."""
+        return self.layer.roundings(self.M, self.K)
+
+    def ours(self, run: Callable, t: Tensors, **options: object) -> torch.Tensor:
+        """What ``run``, of lora_linear's signature, gives for these tensors."""
+        W, bias, adapters, transposed = self.layer.sibling(t)
+        return run(t["x"], W, bias, adapters, transposed=transposed, **options)
+
+    def stock(self, t: Tensors, masks: list) -> torch.Tensor:
+        """What PEFT gives."""
+        return stock.lora_linear(t["x"], self.layer.sibling(t), masks)
+
+    def truth(self, t: Tensors, masks: list, dtypes: Dtypes) -> torch.Tensor:
+        """The definition."""
+        W, bias, adapters, transposed = self.layer.sibling(t)
+        return reference.forward(t["x"], W, bias, adapters, masks, transposed)
 
 
 def _sizes() -> list[Case]:
@@ -167,53 +173,14 @@ EMPTY = [
     Case("empty_inner", lead=(3, 0), adapter_bias=True, base_trains=True, bias=True),
     Case("empty_outer", lead=(0, 4, 2), transposed=True, bias=True),
 ]
-# situations other than the three that every case runs in see one plain, one dropped and one crowded case
+# dtypes other than the three that every case runs in see one plain, one dropped and one crowded case
 CORNERS = [
     c
     for c in CASES
     if c.name in ("bias", "dropout_0.5", "three_adapters", "conv1d", "wider_than_a_tile", "rank_1", "young")
 ]
-EVERYWHERE = ("f32", "bf16", "bf16_f32_adapters")
 
 
 def rows() -> list[tuple[Case, str]]:
-    """(case, dtypes' name) in an order that keeps one problem's backends together."""
-    return [(c, d) for d in EVERYWHERE for c in CASES] + [
-        (c, d) for d in DTYPES if d not in EVERYWHERE for c in CORNERS
-    ]
-
-
-def place(values: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """values -> (a view that holds them in layout `kind`, the wider buffer it lies in, NaN all around)."""
-    shape = values.shape
-    if kind == "expanded":
-        buffer = values[..., :1].clone() if values.dim() == 1 else values[:1].clone()
-        return buffer.expand(shape), buffer
-    if kind == "transposed":
-        view, buffer = _inside(values.mT.contiguous(), 0)
-        return view.mT, buffer
-    if kind == "permuted":
-        order = [*reversed(range(values.dim() - 1)), values.dim() - 1]
-        view, buffer = _inside(values.permute(order).contiguous(), 0)
-        return view.permute([order.index(i) for i in range(values.dim())]), buffer
-    if kind == "columns":
-        buffer = torch.full((*shape[:-1], shape[-1] + 9), torch.nan, dtype=values.dtype, device=values.device)
-        view = buffer[..., 5 : 5 + shape[-1]]
-    elif kind == "rows":
-        buffer = torch.full((2 * shape[0] + 1, *shape[1:]), torch.nan, dtype=values.dtype, device=values.device)
-        view = buffer[1::2]
-    elif kind == "every_other":
-        buffer = torch.full((*shape[:-1], 2 * shape[-1] + 1), torch.nan, dtype=values.dtype, device=values.device)
-        view = buffer[..., 1::2]
-    else:
-        return _inside(values, 1 if kind == "offset" else 0)
-    view.copy_(values)
-    return view, buffer
-
-
-def _inside(values: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
-    # 64 elements keep the plain case as aligned as a fresh allocation; one more misaligns it for every vector
-    buffer = torch.full((values.numel() + 128 + offset,), torch.nan, dtype=values.dtype, device=values.device)
-    view = buffer[64 + offset : 64 + offset + values.numel()].view(values.shape)
-    view.copy_(values)
-    return view, buffer
+    """(case, dtypes' name) of the contract."""
+    return inputs.rows(CASES, CORNERS)

@@ -1,8 +1,9 @@
 """The numeric contract as a harness: ours may be no less accurate than PEFT's own sequence of torch calls.
 
 truth: the reference in float64 on the same rounded inputs and the same dropout mask.
-stock: PEFT's lora.Linear.forward, call by call, in the dtypes PEFT would use.
+stock: PEFT's forward, call by call, in the dtypes PEFT would use (tests/stock.py).
 Small outputs are drawn again until the criterion's statistics mean something.
+An op is a class of cases: tests/cases.py for lora_linear, tests/cases_<op>.py for the others.
 """
 
 from __future__ import annotations
@@ -17,23 +18,21 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from benchmarks.criterion import ENOUGH, Verdict, check
-from peft_fast import dispatch, native, settings
-from peft_fast.ops import Adapter, draw_seed, dropout_mask, lora_linear
-from peft_fast.reference import lora_linear as reference
-from tests.cases import CASES, DTYPES, Case, Dtypes, place
+from peft_fast import backends, dispatch, native, ops, settings
+from peft_fast.ops import Adapter, draw_seed, dropout_mask
+from tests.cases import CASES, Case
+from tests.inputs import DTYPES, Dtypes, Tensors, place
 
 MOST_DRAWS = 32
 # `pytest --device cuda` moves the problems, stock and the truth to the GPU
 DEVICE = torch.device(os.environ.get("TESTS_DEVICE", "cpu"))
 GPU_BACKENDS = ("triton", "cuda")
-Tensors = dict[str, torch.Tensor]
 
 
 class Provider(NamedTuple):
-    """One way to run the op: a backend, a plan of the torch one, an instruction set of the compiled one."""
+    """One way to run an op: a backend, a plan of the torch one, an instruction set of the compiled one."""
 
     backend: str
     plan: str | None = None
@@ -55,8 +54,9 @@ class Provider(NamedTuple):
         finally:
             native.set_isa(before)
 
-    def __call__(self, *args: object, **options: object) -> torch.Tensor:
-        return lora_linear(*args, backend=self.backend, plan=self.plan, **options)
+    def __call__(self, *args: object, op: str = "lora_linear", **options: object) -> torch.Tensor:
+        plan = {} if op == "lora_embedding" else {"plan": self.plan}
+        return getattr(ops, op)(*args, backend=self.backend, **plan, **options)
 
     @property
     def rounds_adapters(self) -> bool:
@@ -74,12 +74,12 @@ def isas() -> list[str]:
     return usable
 
 
-def providers() -> list:
-    """Every provider as a pytest parameter; one whose backend is not live is skipped with its reason."""
-    found = [Provider("reference"), Provider("torch", "accumulate"), Provider("torch", "augmented")]
-    if DEVICE.type == "cpu":
+def providers(op: str = "lora_linear") -> list:
+    """Every provider of an op as a pytest parameter; one whose backend is not live is skipped with its reason."""
+    found = [Provider("reference"), *(Provider("torch", plan) for plan in _plans("torch", op))]
+    if DEVICE.type == "cpu" and backends.has("cpu", op):
         found += [Provider("cpu", isa=isa) for isa in isas()] or [Provider("cpu")]
-    found += gpu_providers()
+    found += gpu_providers(op)
     why = {name: reason for name, live, reason in dispatch.backends() if not live}
     required = os.environ.get("CI") == "true"
     return [
@@ -88,12 +88,34 @@ def providers() -> list:
     ]
 
 
-def gpu_providers() -> list[Provider]:
+def each(*cases: Case, only: tuple[str, ...] | None = None, every_isa: bool = True) -> pytest.MarkDecorator:
+    """The parameters ``provider`` and ``case``: every provider of each case's op, or those of the backends ``only``.
+
+    Unless ``every_isa``, the compiled kernels run on the best instruction set alone.
+    """
+    best = isas()[-1:]
+    rows = [
+        pytest.param(*p.values, case, id=f"{p.id}-{case.name}", marks=p.marks)
+        for case in cases
+        for p in providers(case.op)
+        if only is None or p.values[0].backend in only
+        if every_isa or p.values[0].isa in (None, *best)
+    ]
+    return pytest.mark.parametrize(("provider", "case"), rows)
+
+
+def gpu_providers(op: str = "lora_linear") -> list[Provider]:
     """The plans of the kernels that take tensors of DEVICE: on the CPU those of Triton, where it is interpreted."""
     x = torch.empty(1, 1, device=DEVICE)
     refusals = {"triton": dispatch.triton_refuses, "cuda": dispatch.cuda_refuses}
-    taking = [name for name in GPU_BACKENDS if not refusals[name](x, x.dtype, x)]
-    return [Provider(name, plan) for name in taking for plan in dispatch.BACKEND_PLANS[name]]
+    taking = [name for name in GPU_BACKENDS if backends.has(name, op) and not refusals[name](x, x.dtype, x)]
+    return [Provider(name, plan) for name in taking for plan in _plans(name, op)]
+
+
+def _plans(backend: str, op: str) -> tuple[str, ...]:
+    """The plans that differ for an op: an embedding has no base product, torch's block is made of its group."""
+    plans = dispatch.BACKEND_PLANS[backend]
+    return plans[:1] if op == "lora_embedding" or (op, backend) == ("lora_mlp", "torch") else plans
 
 
 def takes(provider: Provider, dtypes: Dtypes, exact: bool = False) -> str:
@@ -110,34 +132,41 @@ def takes(provider: Provider, dtypes: Dtypes, exact: bool = False) -> str:
 
 @dataclass
 class Problem:
-    """Leaf tensors x, W, bias, Ai, Bi, bi in NaN-filled buffers, an output gradient g, and the seed."""
+    """Leaf tensors in NaN-filled buffers, an output gradient for each output, and the seed."""
 
     case: Case
     dtypes: Dtypes
     tensors: Tensors
-    g: torch.Tensor
+    gs: Tensors  # by the name of the output
     buffers: list[tuple[torch.Tensor, torch.Tensor, int]]  # memory, its bits, its version
     seed: int
     masks: list[torch.Tensor | None]
 
+    @property
+    def g(self) -> torch.Tensor:
+        """The only output's gradient."""
+        (g,) = self.gs.values()
+        return g
+
     def adapters(self, t: Tensors) -> list[Adapter]:
-        c = self.case
-        scale = torch.tensor if c.tensor_scaling else float
-        return [
-            Adapter(t[f"A{i}"], t[f"B{i}"], scale(s), p, t.get(f"b{i}"))
-            for i, (s, p) in enumerate(zip(c.scaling, c.p, strict=True))
-        ]
+        return self.case.layer.sibling(t).adapters
 
     def run(
-        self, forward: Callable[[Tensors], torch.Tensor], tensors: Tensors, g: torch.Tensor | None = None
+        self,
+        forward: Callable[[Tensors], torch.Tensor | tuple[torch.Tensor, ...]],
+        tensors: Tensors,
+        gs: Tensors | torch.Tensor | None = None,
     ) -> Tensors:
-        """forward(tensors) -> y, and the gradient of every tensor that wants one."""
+        """forward(tensors) -> the outputs, and the gradient of every tensor that wants one."""
         auto = self.dtypes.autocast
-        with torch.autocast(DEVICE.type, dtype=auto or torch.bfloat16, enabled=auto is not None and g is None):
-            y = forward(tensors)
+        with torch.autocast(DEVICE.type, dtype=auto or torch.bfloat16, enabled=auto is not None and gs is None):
+            ys = forward(tensors)
+        ys = dict(zip(self.gs, ys if isinstance(ys, (tuple, list)) else [ys], strict=True))
         wanted = {name: t for name, t in tensors.items() if t.requires_grad}
-        grads = torch.autograd.grad(y, list(wanted.values()), self.g if g is None else g, allow_unused=True)
-        return {"y": y.detach()} | {f"d{n}": d for n, d in zip(wanted, grads, strict=True) if d is not None}
+        gs = [gs] if isinstance(gs, torch.Tensor) else (self.gs if gs is None else gs).values()
+        grads = torch.autograd.grad(tuple(ys.values()), list(wanted.values()), tuple(gs), allow_unused=True)
+        found = {f"d{n}": d for n, d in zip(wanted, grads, strict=True) if d is not None}
+        return {name: y.detach() for name, y in ys.items()} | found
 
     def untouched(self) -> bool:
         """True while the inputs, and the sentinels around them, hold the bits they were made with."""
@@ -151,100 +180,85 @@ def problem(case: Case, dtypes: Dtypes, draw: int = 0) -> Problem:
     """A fresh problem, the same for the same arguments."""
     seed = zlib.crc32(case.name.encode()) % 10_000 + 10_007 * draw
     random = torch.Generator().manual_seed(seed)
-    kinds = case.layout
     buffers: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
     def make(name: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float, leaf: bool = True) -> torch.Tensor:
-        values = torch.randn(shape, generator=random, dtype=torch.float64, device="cpu") * scale
-        values = (values.abs() if case.positive else values).to(dtype).to(DEVICE)
-        view, buffer = place(values, kinds.get(name, "plain"))
+        if dtype in (torch.int32, torch.int64):
+            values, leaf = torch.randint(int(scale), shape, generator=random, dtype=dtype, device="cpu"), False
+        else:
+            values = torch.randn(shape, generator=random, dtype=torch.float64, device="cpu") * scale
+            values = (values.abs() if case.positive else values).to(dtype)
+        # leaves of one kind share a layout: "gate_A0" has that of "A"
+        kind = name.rpartition("_")[2].rstrip("0123456789")
+        view, buffer = place(values.to(DEVICE), case.layout.get(kind, "plain"))
         buffers.append((buffer, _bits(buffer).clone(), buffer._version))
         return view.detach().requires_grad_(leaf)
 
-    K, N = case.K, case.N
-    t = {
-        "x": make("x", (*case.lead, K), dtypes.x, 1.0),
-        "W": make("W", (K, N) if case.transposed else (N, K), dtypes.base, K**-0.5, case.base_trains),
+    kinds = {"base": dtypes.base, "x": dtypes.x, "adapter": dtypes.adapter, "ids": getattr(case, "ids_dtype", None)}
+    tensors = {name: make(name, leaf.shape, kinds[leaf.kind], leaf.scale, leaf.trains) for name, leaf in case.leaves()}
+    dtype = dtypes.base if case.op == "lora_embedding" else dtypes.compute
+    gs = {
+        name: make("g", shape, dtype, 1e-5 if case.young else 1.0, leaf=False) for name, shape in case.outputs().items()
     }
-    if case.bias:
-        t["bias"] = make("bias", (N,), dtypes.base, 1.0)
-    for i, r in enumerate(case.ranks):
-        t[f"A{i}"] = make("A", (r, K), dtypes.adapter, K**-0.5)
-        t[f"B{i}"] = make("B", (N, r), dtypes.adapter, r**-0.5 * (1e-4 if case.young else 1.0))
-        if case.adapter_bias:
-            t[f"b{i}"] = make("b", (N,), dtypes.adapter, 0.5)
-    g = make("g", (*case.lead, N), dtypes.compute, 1e-5 if case.young else 1.0, leaf=False)
     torch.manual_seed(seed)
-    seeds = draw_seed(len(case.ranks), DEVICE) if any(case.p) else None
-    masks = [dropout_mask(seeds[i], case.M, K, p).view(*case.lead, K) if p > 0 else None for i, p in enumerate(case.p)]
-    return Problem(case, dtypes, t, g, buffers, seed, masks)
+    dropouts = case.dropouts()
+    seeds = draw_seed(len(dropouts), DEVICE) if any(p > 0 for p, _ in dropouts) else None
+    masks = [
+        dropout_mask(seeds[i], torch.Size(shape[:-1]).numel(), shape[-1], p).view(shape) if p > 0 else None
+        for i, (p, shape) in enumerate(dropouts)
+    ]
+    return Problem(case, dtypes, tensors, gs, buffers, seed, masks)
 
 
 def ours(problem: Problem, provider: Callable[..., torch.Tensor], exact: bool = False) -> Tensors:
     """What the provider computes, from the problem's own awkward views."""
-    torch.manual_seed(problem.seed)
-    options = {"transposed": problem.case.transposed, **({"exact": True} if exact else {})}
-    return problem.run(
-        lambda t: provider(t["x"], t["W"], t.get("bias"), problem.adapters(t), **options), problem.tensors
-    )
+    options = {"exact": True} if exact else {}
+    return problem.run(lambda t: call(problem, provider, t, **options), problem.tensors)
+
+
+def call(
+    problem: Problem,
+    provider: Callable[..., torch.Tensor],
+    tensors: Tensors | None = None,
+    seed: int | None = None,
+    **options: object,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """The outputs alone, with the problem's masks, or those of another seed."""
+    torch.manual_seed(problem.seed if seed is None else seed)
+    return problem.case.ours(provider, problem.tensors if tensors is None else tensors, **options)
 
 
 def stock(problem: Problem, round_adapters: bool = False) -> Tensors:
     """What PEFT computes: its own defaults, or with the adapters held in the activations' dtype."""
     tensors = problem.tensors
     if round_adapters:
-        low = problem.dtypes.compute
+        low, kinds = problem.dtypes.compute, dict(problem.case.leaves())
         tensors = {
-            n: t.detach().to(low).requires_grad_() if n[0] in "ABb" and n != "bias" else t for n, t in tensors.items()
+            n: t.detach().to(low).requires_grad_() if kinds[n].kind == "adapter" else t for n, t in tensors.items()
         }
-    return problem.run(lambda t: peft_forward(t, problem.adapters(t), problem.masks, problem.case.transposed), tensors)
-
-
-def peft_forward(t: Tensors, adapters: list[Adapter], masks: list, transposed: bool) -> torch.Tensor:
-    """lora.Linear.forward of PEFT 0.21: casts, dropout, products and sums in its order."""
-    x, W, bias = t["x"], t["W"], t.get("bias")
-    result = F.linear(x, W.t() if transposed else W, bias)
-    dtype = result.dtype
-    for a, keep in zip(adapters, masks, strict=True):
-        x = x.to(a.A.dtype)
-        dropped = x
-        if keep is not None:
-            dropped = _stock_dropout(x, keep, a.p)
-        result = result + F.linear(F.linear(dropped, a.A), a.B, a.bias) * a.scaling
-    return result.to(dtype)
-
-
-def _stock_dropout(x: torch.Tensor, keep: torch.Tensor, p: float) -> torch.Tensor:
-    if p >= 1:
-        return x * 0
-    if x.is_cuda:
-        # one kernel, which scales in float32 and rounds once
-        return torch.where(keep, x.to(torch.promote_types(x.dtype, torch.float32)) * (1 / (1 - p)), 0).to(x.dtype)
-    # on the CPU: noise in x's dtype, divided by 1 - p, times x
-    return x * keep.to(x.dtype).div_(1 - p)
+    return problem.run(lambda t: problem.case.stock(t, problem.masks), tensors)
 
 
 def truth(problem: Problem, round_adapters: bool = False) -> Tensors:
     """The reference in float64 on the inputs as the compute dtype rounds them."""
-    low = problem.dtypes.compute
+    low, kinds = problem.dtypes.compute, dict(problem.case.leaves())
 
     def widen(name: str, t: torch.Tensor) -> torch.Tensor:
-        adapter = name[0] in "ABb" and name != "bias"
-        rounded = t.detach() if adapter and not round_adapters else t.detach().to(low)
+        kind = kinds[name].kind
+        if kind == "ids":
+            return t
+        keeps = problem.case.op == "lora_embedding" or (kind == "adapter" and not round_adapters)
+        rounded = t.detach() if keeps else t.detach().to(low)
         return rounded.double().requires_grad_(t.requires_grad)
 
     tensors = {n: widen(n, t) for n, t in problem.tensors.items()}
-    masks = problem.masks
-    return problem.run(
-        lambda t: reference.forward(t["x"], t["W"], t.get("bias"), problem.adapters(t), masks, problem.case.transposed),
-        tensors,
-        problem.g.double(),
-    )
+    gs = {name: g.double() for name, g in problem.gs.items()}
+    return problem.run(lambda t: problem.case.truth(t, problem.masks, problem.dtypes), tensors, gs)
 
 
 def roundings(case: Case) -> int:
-    """Elements of the smallest of y, dx, dA, dB and of H and D, on whose roundings the others hang."""
-    return max(1, min([case.M * case.N, case.M * case.K, *(r * min(case.K, case.N, case.M) for r in case.ranks)]))
+    """Independent roundings that an output hangs on, at least: the elements of the smallest one."""
+    return max(1, min(case.roundings()))
 
 
 def draws(case: Case) -> int:
@@ -284,7 +298,8 @@ def verdicts(
     outs = [ours(p, provider, exact) for p in problems]
     for p, out, other in zip(problems, outs, stocks, strict=True):
         assert p.untouched(), "an input, or memory around it, was written to"
-        assert out["y"].dtype == other["y"].dtype and out["y"].shape == other["y"].shape
+        for name in p.gs:
+            assert out[name].dtype == other[name].dtype and out[name].shape == other[name].shape, name
         for name, t in p.tensors.items():
             if t.requires_grad:
                 assert out[f"d{name}"].dtype == t.dtype and out[f"d{name}"].shape == t.shape, f"d{name}"
@@ -295,7 +310,8 @@ def verdicts(
 def default_verdicts(provider: Provider, case: Case, dtypes: str) -> dict[str, Verdict]:
     """The contract of the default mode: adapters rounded for the truth too where this provider rounds them."""
     with provider.active():
-        rounded = DTYPES[dtypes].mixed and not DTYPES[dtypes].exact and provider.rounds_adapters
+        rounded = DTYPES[dtypes].mixed and not DTYPES[dtypes].exact
+        rounded = rounded and provider.rounds_adapters and case.rounds_adapters
         return verdicts(provider, case, dtypes, rounded)
 
 

@@ -1,4 +1,4 @@
-"""check(x, W, …): what lora_linear takes, or an error that says what was given, what is needed and what to do."""
+"""check(x, W, …): what an op takes, or an error that says what was given, what is needed and what to do."""
 
 from __future__ import annotations
 
@@ -103,3 +103,37 @@ def check(x, dtype, W, bias, adapters, transposed):
             f"W of {dtype}, in which this runs, or float32",
             "cast x, or run under torch.autocast",
         )
+
+
+def check_embedding(ids, W, adapters, padding_idx, scale):
+    """What lora_embedding takes."""
+    check_kinds(ids, W, None, adapters)
+    if ids.dtype not in (torch.int32, torch.int64):
+        fail(DtypeError, f"ids of {ids.dtype}", "int32 or int64", "pass token numbers")
+    if W.dtype not in FLOATS:
+        fail(DtypeError, f"W of {W.dtype}", "float64, float32, bfloat16 or float16", "convert W")
+    if W.dim() != 2:
+        fail(ShapeError, f"W {tuple(W.shape)}", "a 2-d W (V, D)", "pass the embedding's weight")
+    V, D = W.shape
+    for a in adapters:
+        if a.A.dim() != 2 or a.B.dim() != 2 or a.A.shape[1] != V or a.B.shape != (D, a.A.shape[0]):
+            given, need = f"A {tuple(a.A.shape)}, B {tuple(a.B.shape)}", f"A (r, {V}) and B ({D}, r)"
+            fail(ShapeError, given, need, "check that the adapter belongs to this embedding")
+        if not 0 < a.A.shape[0] <= MAX_RANK:
+            fail(ShapeError, f"r = {a.A.shape[0]}", f"a rank from 1 to {MAX_RANK}", "leave an empty adapter out")
+        if a.A.dtype != a.B.dtype or a.A.dtype not in FLOATS:
+            fail(DtypeError, f"A {a.A.dtype}, B {a.B.dtype}", "one float dtype for both", "cast the adapter")
+        if a.p or a.bias is not None:
+            given = "an adapter with dropout or a bias"
+            fail(SettingsError, given, "p=0 and no bias, as PEFT's lora.Embedding", "leave them out")
+        if isinstance(a.scaling, Tensor) and a.scaling.dim():
+            given = f"scaling {tuple(a.scaling.shape)}"
+            fail(ShapeError, given, "a float or a 0-d tensor", "pass one scaling per adapter")
+    for label, tensor in [("W", W), *(("A", a.A) for a in adapters), *(("B", a.B) for a in adapters)]:
+        if tensor.device != ids.device:
+            given = f"ids on {ids.device}, {label} on {tensor.device}"
+            fail(DeviceError, given, "one device", f"move {label} with .to(ids.device)")
+    if padding_idx is not None and not -V <= padding_idx < V:
+        fail(ShapeError, f"padding_idx={padding_idx}", f"a token from {-V} to {V - 1}", "pass the embedding's own")
+    if scale is not None and not isinstance(scale, NUMBERS) and not (isinstance(scale, Tensor) and scale.numel() == 1):
+        fail(SettingsError, f"scale={scale!r}", "a number or a tensor of one element", "pass the base's embed_scale")

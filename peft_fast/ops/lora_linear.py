@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from peft_fast import dispatch
-from peft_fast.ops.checks import FLOATS, check, check_kinds
-from peft_fast.ops.dropout import draw_seed, dropout_mask
-from peft_fast.ops.spec import Spec
+from peft_fast.backends import modules
+from peft_fast.ops import prepare
+from peft_fast.ops.checks import check, check_kinds
+from peft_fast.ops.dropout import draw_seed
+from peft_fast.ops.spec import Adapter, Sibling, Spec
 from peft_fast.reference import lora_linear as reference
 
-_calls = 0
-
-
-class Adapter(NamedTuple):
-    """One low-rank adapter: A (r, K), B (N, r), both of one dtype, and what PEFT stores beside them."""
-
-    A: Tensor
-    B: Tensor
-    scaling: float | Tensor = 1.0  # a float or a 0-d tensor
-    p: float = 0.0  # dropout probability in effect: 0 in eval mode
-    bias: Tensor | None = None  # (N,), B's bias, scaled with the adapter
-
-
-def fast_calls() -> int:
-    """How many lora_linear forwards this process has run (calls traced by torch.compile are not counted)."""
-    return _calls
+# torch.compile traces a plain attribute; import_module at the call would break the graph
+backends = modules("lora_linear")
 
 
 def lora_linear(
@@ -52,29 +38,24 @@ def lora_linear(
     The result owns its storage. Raises ShapeError, DtypeError, DeviceError or SettingsError (all PeftFastError).
     Source: Hu et al., "LoRA" (arXiv 2106.09685), eq. 3, and PEFT's lora.Linear.forward for dropout and order.
     """
-    global _calls
     check_kinds(x, W, bias, adapters)
-    device_type = x.device.type
-    autocast = torch.is_autocast_enabled(device_type) and x.dtype in FLOATS[1:]
-    dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+    dtype, autocast = prepare.computed_dtype(x)
     check(x, dtype, W, bias, adapters, transposed)
     exact = exact or (not autocast and dispatch.must_be_exact(dtype, [a.A for a in adapters]))
-    adapters = [_tensor_scaling(a) if isinstance(a.scaling, Tensor) else a for a in adapters]
-    others = [t for a in adapters for t in (a.A, a.bias) if t is not None]
-    others = others if bias is None else [bias, *others]
+    adapters = prepare.number_scalings(adapters)
+    others = prepare.tensors_beside_W(adapters, bias)
     dropout = any(a.p > 0 for a in adapters)
     name, plan, _ = dispatch.pick(x, dtype, W, others, exact, backend, plan, dropout)
     seed = draw_seed(len(adapters), x.device) if dropout else None
     y = _run(name, plan, x, dtype, W, bias, adapters, seed, transposed, exact)
-    if not torch.compiler.is_compiling():
-        _calls += 1
+    prepare.count_call()
     return y
 
 
 def _run(name, plan, x, dtype, W, bias, adapters, seed, transposed, exact):
     if name == "reference":
-        return _reference(x.to(dtype), W, bias, adapters, seed, transposed)
-    bias = _merge_bias(bias, adapters)
+        return _reference(x.to(dtype), Sibling(W, bias, adapters, transposed), seed)
+    bias = prepare.merge_bias(bias, adapters)
     if len(adapters) == 1:
         A, B = adapters[0].A, adapters[0].B
     elif adapters:
@@ -103,7 +84,7 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, bias, A, B, seed, spec, uncast):
-        y, H = _backend(spec.backend).forward(x, W, bias, A, B, seed, spec)
+        y, H = backends[spec.backend].forward(x, W, bias, A, B, seed, spec)
         ctx.save_for_backward(x, W, bias, A, B, H, seed)
         ctx.spec = spec
         return y
@@ -117,37 +98,17 @@ class LoraLinear(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return *_differentiable_backward(g, (x, W, bias, A, B), needs, seed, ctx.spec), None, None, None
         wanted = (needs[0] or needs[7], *needs[1:5])
-        dx, dW, dbias, dA, dB = _backend(ctx.spec.backend).backward(g, x, W, bias, A, B, H, seed, ctx.spec, wanted)
+        dx, dW, dbias, dA, dB = backends[ctx.spec.backend].backward(g, x, W, bias, A, B, H, seed, ctx.spec, wanted)
         dx, uncast = (None, dx) if needs[7] else (dx, None)
         return dx, dW, dbias, dA, dB, None, None, uncast
 
 
-def _backend(name):
-    # torch.compile traces a plain attribute; import_module would break the graph
-    return _backends[name]
-
-
-# these modules import neither Triton nor CUDA before their first call
-_backends = {name: importlib.import_module(f"peft_fast.backends.{name}.lora_linear") for name in dispatch.COMPILED}
-
-
-def _masks(x, seed, ps):
-    M = x.shape[:-1].numel()
-    return [dropout_mask(seed[i], M, x.shape[-1], p).view(x.shape) if p > 0 else None for i, p in enumerate(ps)]
-
-
-def _reference(x, W, bias, adapters, seed, transposed):
+def _reference(x, sibling, seed):
     with torch.autocast(x.device.type, enabled=False):
-        masks = _masks(x, seed, [a.p for a in adapters])
-        # at least float32 throughout and one rounding at the end, else the definition rounds more often than PEFT
-        wide = torch.promote_types(x.dtype, torch.float32)
-        adapters = [
-            Adapter(a.A.to(wide), a.B.to(wide), a.scaling, a.p, None if a.bias is None else a.bias.to(wide))
-            for a in adapters
-        ]
-        bias = None if bias is None else bias.to(wide)
-        W = W.to(x.dtype).to(wide)  # a float32 weight under autocast is a rounded one
-        return reference.forward(x.to(wide), W, bias, adapters, masks, transposed).to(x.dtype)
+        masks = prepare.masks(x, seed, [a.p for a in sibling.adapters])
+        W, bias, adapters, transposed = prepare.widened(sibling, x.dtype)
+        wide = x.to(prepare.at_least_float32(x.dtype))
+        return reference.forward(wide, W, bias, adapters, masks, transposed).to(x.dtype)
 
 
 def _differentiable_backward(g, inputs, needs, seed, spec):
@@ -155,22 +116,7 @@ def _differentiable_backward(g, inputs, needs, seed, spec):
     x, W, bias, A, B = inputs
     split = zip(A.split(spec.ranks), B.split(spec.ranks, dim=1), spec.scalings, spec.ps, strict=True)
     adapters = [Adapter(a, b, s, p) for a, b, s, p in split] if spec.ranks else []
-    y = _reference(x, W, bias, adapters, seed, spec.transposed)
+    y = _reference(x, Sibling(W, bias, adapters, spec.transposed), seed)
     wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
     grads = iter(torch.autograd.grad(y, wanted, g, create_graph=True, allow_unused=True))
     return [next(grads) if need else None for need in needs[:5]]
-
-
-def _tensor_scaling(adapter):
-    # a 0-d tensor scaling goes into A in float32, so that its value never becomes a constant of a compiled graph
-    wide = torch.promote_types(adapter.A.dtype, torch.float32)
-    bias = None if adapter.bias is None else adapter.bias.to(wide) * adapter.scaling
-    return Adapter(adapter.A.to(wide) * adapter.scaling, adapter.B.to(wide), 1.0, adapter.p, bias)
-
-
-def _merge_bias(bias, adapters):
-    for adapter in adapters:
-        if adapter.bias is not None:
-            scaled = adapter.bias.to(torch.promote_types(adapter.bias.dtype, torch.float32)) * adapter.scaling
-            bias = scaled if bias is None else bias + scaled
-    return bias

@@ -5,7 +5,18 @@ import torch
 
 from peft_fast import native, settings
 from peft_fast.errors import DeviceError, DtypeError, PeftFastError, SettingsError, ShapeError
-from peft_fast.ops import Adapter, draw_seed, dropout_mask, lora_linear
+from peft_fast.ops import (
+    Adapter,
+    Sibling,
+    draw_seed,
+    dropout_mask,
+    lora_embedding,
+    lora_group,
+    lora_linear,
+    lora_mlp,
+)
+from tests import cases_lora_embedding, numerics
+from tests.inputs import DTYPES
 
 K, N, R = 8, 6, 2
 X, W = torch.ones(3, K), torch.ones(N, K)
@@ -91,6 +102,104 @@ def test_refused(name):
     assert torch.equal(torch.get_rng_state(), state), "a refused call draws nothing"
 
 
+S = Sibling(W, None, [GOOD])
+DOWN = Sibling(torch.ones(K, N), None, [])
+IDS, TABLE = torch.arange(3), torch.ones(5, N)
+WORD = Adapter(torch.ones(R, 5), torch.ones(N, R))
+
+
+def group(**options):
+    return lambda: lora_group(**{"x": X, "siblings": [S, S], **options})
+
+
+def block(**options):
+    return lambda: lora_mlp(**{"x": X, "up": S, "down": DOWN, "gate": S, "activation": "silu", **options})
+
+
+def word(**options):
+    return lambda: lora_embedding(**{"ids": IDS, "W": TABLE, "adapters": [WORD], **options})
+
+
+OTHERS = {
+    "no siblings": (SettingsError, group(siblings=[])),
+    "one sibling by itself": (SettingsError, group(siblings=S)),
+    "a sibling that is a tensor": (SettingsError, group(siblings=[S, W])),
+    "a sibling's adapters a single one": (SettingsError, group(siblings=[S, S._replace(adapters=GOOD)])),
+    "a sibling of another K": (ShapeError, group(siblings=[S, Sibling(torch.ones(N, K + 1))])),
+    "a sibling's adapter of another K": (
+        ShapeError,
+        group(siblings=[S, Sibling(W, None, [GOOD._replace(A=A[:, 1:])])]),
+    ),
+    "a sibling's W of float64": (DtypeError, group(siblings=[S, Sibling(W.double())])),
+    "a sibling elsewhere": (DeviceError, group(siblings=[S, Sibling(W.to("meta"))])),
+    "a group's integer x": (DtypeError, group(x=X.long())),
+    "a group's plan of no such name": (SettingsError, group(plan="fastest")),
+    "an unknown activation": (SettingsError, block(activation="swish")),
+    "halves of no such name": (SettingsError, block(gate=None, halves="third")),
+    "halves beside a gate": (SettingsError, block(halves="first")),
+    "halves of an odd width": (ShapeError, block(gate=None, halves="first", down=Sibling(torch.ones(K, 4)))),
+    "gate of another width": (ShapeError, block(gate=Sibling(torch.ones(N + 1, K)))),
+    "down of another width": (ShapeError, block(down=Sibling(torch.ones(K, N + 1)))),
+    "down of one dimension": (ShapeError, block(down=Sibling(torch.ones(K)))),
+    "down's adapter of another K": (ShapeError, block(down=DOWN._replace(adapters=[GOOD]))),
+    "down no sibling": (SettingsError, block(down=W)),
+    "up left out": (SettingsError, block(up=None)),
+    "the block's p above 1": (SettingsError, block(p=1.5)),
+    "the block's p a string": (SettingsError, block(p="a")),
+    "float ids": (DtypeError, word(ids=IDS.float())),
+    "ids a list": (SettingsError, word(ids=[1, 2])),
+    "a table of one dimension": (ShapeError, word(W=torch.ones(5))),
+    "an integer table": (DtypeError, word(W=TABLE.int())),
+    "A of another vocabulary": (ShapeError, word(adapters=[WORD._replace(A=torch.ones(R, 6))])),
+    "B of another width": (ShapeError, word(adapters=[WORD._replace(B=torch.ones(N + 1, R))])),
+    "no rank": (ShapeError, word(adapters=[Adapter(torch.ones(0, 5), torch.ones(N, 0))])),
+    "A and B of two dtypes": (DtypeError, word(adapters=[WORD._replace(A=WORD.A.to(torch.bfloat16))])),
+    "an embedding's dropout": (SettingsError, word(adapters=[WORD._replace(p=0.1)])),
+    "an embedding's bias": (SettingsError, word(adapters=[WORD._replace(bias=torch.ones(N))])),
+    "an embedding's scaling of one dimension": (ShapeError, word(adapters=[WORD._replace(scaling=torch.ones(2))])),
+    "padding beyond the table": (ShapeError, word(padding_idx=5)),
+    "a scale of two elements": (SettingsError, word(scale=torch.ones(2))),
+    "a scale in words": (SettingsError, word(scale="2")),
+    "a table elsewhere": (DeviceError, word(W=TABLE.to("meta"))),
+    "an embedding's backend of no such name": (SettingsError, word(backend="gpu")),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_refuse(name):
+    kind, run = OTHERS[name]
+    state = torch.get_rng_state()
+    with pytest.raises(kind) as error:
+        run()
+    three_lines(error)
+    assert torch.equal(torch.get_rng_state(), state), "a refused call draws nothing"
+
+
+@numerics.each(cases_lora_embedding.STEP)
+@pytest.mark.parametrize("bad", [-1, 61, 2**40])
+def test_no_such_word(provider, case, bad):
+    p = numerics.problem(case, DTYPES["f32"])
+    p.tensors["ids"][1, 2] = bad
+    if numerics.DEVICE.type != "cpu":
+        pytest.skip("asserted by the device, which then takes no more calls")
+    with provider.active(), pytest.raises((IndexError, RuntimeError)):
+        numerics.call(p, provider)
+
+
+def test_siblings_of_different_dtypes():
+    """Adapters of two dtypes, weights of two under autocast: as if each had been widened or rounded by hand."""
+    torch.manual_seed(0)
+    x, W = torch.randn(5, K), torch.randn(N, K)
+    A, B = torch.randn(R, K), torch.randn(N, R)
+    half = Adapter(A.to(torch.bfloat16), B.to(torch.bfloat16))
+    y, z = lora_group(x, [Sibling(W, None, [Adapter(A, B)]), Sibling(W, None, [half])])
+    torch.testing.assert_close(y, x @ W.T + x @ A.T @ B.T)
+    torch.testing.assert_close(z, x @ W.T + x @ half.A.float().T @ half.B.float().T)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, z = lora_group(x, [Sibling(W), Sibling(W.to(torch.bfloat16))])
+    assert y.dtype == torch.bfloat16 and torch.equal(y, z)
+
+
 def test_autocast_does_not_turn_integers_into_activations():
     with pytest.raises(DtypeError) as error, torch.autocast("cpu", dtype=torch.bfloat16):
         lora_linear(X.long(), W, None, [GOOD])
@@ -154,5 +263,5 @@ def test_operators_called_directly_check_their_shapes():
         torch.ops.peft_fast.lora_linear(x, W[:, :4], None, *rest)
     H = torch.randn(5, 2)
     for bad in ((x[:, :4], W, A, B, H), (x, W, A[:1], B, H), (x, W, A, B[:3], H), (x, W, A, B, H[:2])):
-        with pytest.raises(RuntimeError, match="tensors that do not fit the forward"):
+        with pytest.raises(RuntimeError, match="that do not fit|another H than the forward's"):
             torch.ops.peft_fast.lora_linear_backward(torch.randn(5, 6), *bad, *rest[2:], [True] * 5, False)

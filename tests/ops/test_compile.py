@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_fast import native
 from peft_fast.ops import Adapter, draw_seed, fast_calls, lora_linear
-from tests import numerics
+from tests import cases_lora_embedding, cases_lora_group, cases_lora_mlp, inputs, numerics
 from tests.cases import DTYPES, Case
 
 PROVIDERS = numerics.providers()
@@ -68,6 +68,67 @@ def test_fullgraph(provider, p):
         traced = torch.compile(layer, fullgraph=True, backend="aot_eager")
         compiled = step(traced, x)
     assert_same(eager, compiled)
+
+
+STEPS = [replace(table.STEP, lead=(2, 13)) for table in (cases_lora_group, cases_lora_mlp, cases_lora_embedding)]
+BARE, DROPPED = inputs.Layer(24, (), (), ()), inputs.Layer(24, (3,), (0.1,), (1.0,))
+STEPS += [
+    cases_lora_mlp.Case("halves_step", "gelu", "first", up=BARE, down=DROPPED),
+    cases_lora_mlp.Case("frozen_step", gate=BARE, up=BARE, down=BARE, p=0.1),
+]
+
+
+@numerics.each(*STEPS, every_isa=False)
+@pytest.mark.parametrize("dtypes", ["f32", "bf16_f32_adapters"])
+def test_fullgraph_of_groups_and_blocks(provider, case, dtypes):
+    p = numerics.problem(case, DTYPES[dtypes])
+    names = list(p.tensors)
+
+    def forward(*tensors):
+        return case.ours(provider, dict(zip(names, tensors, strict=True)))
+
+    traced = torch.compile(forward, fullgraph=True, backend="aot_eager")
+
+    def run(function):
+        torch.manual_seed(p.seed)
+        return p.run(lambda t: function(*t.values()), p.tensors)
+
+    with provider.active():
+        eager, compiled = run(forward), run(traced)
+    assert set(eager) == set(compiled)
+    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtypes == "f32" else {"rtol": 0.02, "atol": 0.3}
+    for name in eager:
+        assert eager[name].dtype == compiled[name].dtype
+        torch.testing.assert_close(compiled[name], eager[name], **tolerance, msg=name)
+
+
+@numerics.each(*STEPS[:3], only=("cpu", "triton"), every_isa=False)
+def test_dynamic_tokens_of_groups_and_blocks(provider, case):
+    check_dynamic_tokens(provider, case)
+
+
+@pytest.mark.slow
+@numerics.each(*STEPS[:3], only=("torch",))
+def test_dynamic_tokens_of_groups_and_blocks_of_torch(provider, case):
+    check_dynamic_tokens(provider, case)
+
+
+def check_dynamic_tokens(provider, case):
+    traced = None
+    with provider.active():
+        for tokens in (13, 7):
+            p = numerics.problem(replace(case, lead=(2, tokens)), DTYPES["f32"])
+            names = list(p.tensors)
+
+            def forward(*tensors, names=names):
+                return case.ours(provider, dict(zip(names, tensors, strict=True)))
+
+            traced = traced or torch.compile(forward, fullgraph=True, backend="aot_eager", dynamic=True)
+            eager = p.run(lambda t: numerics.call(p, provider, t), p.tensors)  # noqa: B023
+            torch.manual_seed(p.seed)
+            compiled = p.run(lambda t: traced(*t.values()), p.tensors)  # noqa: B023
+            assert_same(compiled, eager)
+    assert torch._dynamo.utils.counters["frames"]["ok"] <= 2, "one graph for every token count"
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -147,6 +208,29 @@ def operator_calls():
             ):
                 yield ops.lora_linear_backward, (p.g, t["x"], t["W"], A, B, H, seed, *spec, needs, wide_dx)
     yield ops.dropout_mask, (draw_seed(1)[0], 5, 9, 0.3)
+    yield from block_calls(ops)
+    yield from embedding_calls(ops)
+
+
+def block_calls(ops):
+    M, I, N, r = 5, 12, 7, 3
+    shapes = {"gate": (M, I), "up": (M, I), "wide": (M, 2 * I), "dh": (M, I), "W": (N, I), "g": (M, N)}
+    t = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    down = (t["g"], t["W"], torch.randn(r, I), torch.randn(N, r), torch.randn(M, r), None, [r], [2.0], [0.0], False)
+    for tensors, halves, p in (((t["gate"], t["up"]), "", 0.0), ((None, t["wide"]), "second", 0.3)):
+        block = (*tensors, draw_seed(1) if p else None, "silu", halves, p)
+        yield ops.lora_mlp_activate, block
+        yield ops.lora_mlp_activate_backward, (t["dh"], *block)
+        yield ops.lora_mlp_down_backward, (*down, [not halves] * 3, None, *block)
+
+
+def embedding_calls(ops):
+    M, V, D, r = 5, 11, 6, 3
+    W, g, ids = torch.randn(V, D).bfloat16(), torch.randn(M, D).bfloat16(), torch.randint(0, V, (M,))
+    A, B, H = torch.randn(r, V), torch.randn(D, r), torch.randn(M, r)
+    for scale, needs in ((None, [True, False]), (torch.tensor([2.0, 2.0]), [False, True])):
+        yield ops.lora_embedding, (ids, W, A, B, scale, 0.5)
+        yield ops.lora_embedding_backward, (g, ids, A, B, H, scale, 0.5, 3, needs)
 
 
 @compiled_ops

@@ -1,28 +1,40 @@
-"""Every live backend, every row of the table: no less accurate than PEFT, inputs untouched."""
+"""Every live backend, every row of each op's table: no less accurate than PEFT, inputs untouched."""
 
 import pytest
 import torch
 
-from tests import numerics
-from tests.cases import CASES, CORNERS, DTYPES, EMPTY, rows
+from tests import cases, cases_lora_embedding, cases_lora_group, cases_lora_mlp, numerics
+from tests.inputs import DTYPES
 
-ROWS = rows()
+OPS = [cases, cases_lora_group, cases_lora_mlp, cases_lora_embedding]
 PROVIDERS = numerics.providers()
+OF = {table: numerics.providers(table.CASES[0].op) for table in OPS}
+ROWS = [
+    pytest.param(*p.values, case, dtypes, id=f"{p.id}-{case.op}-{dtypes}-{case.name}", marks=p.marks)
+    for table in OPS
+    for case, dtypes in table.rows()
+    for p in OF[table]
+]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize(("case", "dtypes"), ROWS, ids=[f"{d}-{c.name}" for c, d in ROWS])
+@pytest.mark.parametrize(("provider", "case", "dtypes"), ROWS)
 def test_no_less_accurate_than_peft(provider, case, dtypes):
     if refusal := numerics.takes(provider, DTYPES[dtypes]):
         pytest.skip(refusal)
     assert not numerics.failures(numerics.default_verdicts(provider, case, dtypes))
 
 
-MIXED = [(c, d) for d in DTYPES if DTYPES[d].mixed and not DTYPES[d].autocast for c in CORNERS]
+MIXED = [
+    pytest.param(*p.values, case, dtypes, id=f"{p.id}-{case.op}-{dtypes}-{case.name}", marks=p.marks)
+    for table in OPS[:3]  # an embedding is exact as it is
+    for dtypes in DTYPES
+    if DTYPES[dtypes].mixed and not DTYPES[dtypes].autocast
+    for case in table.CORNERS
+    for p in OF[table]
+]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize(("case", "dtypes"), MIXED, ids=[f"{d}-{c.name}" for c, d in MIXED])
+@pytest.mark.parametrize(("provider", "case", "dtypes"), MIXED)
 def test_exact_keeps_the_float32_arithmetic_of_peft(provider, case, dtypes):
     if refusal := numerics.takes(provider, DTYPES[dtypes], exact=True):
         pytest.skip(refusal)
@@ -31,24 +43,38 @@ def test_exact_keeps_the_float32_arithmetic_of_peft(provider, case, dtypes):
     assert not numerics.failures(found)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+NOTHING = [
+    pytest.param(*p.values, case, id=f"{p.id}-{case.name}", marks=p.marks)
+    for table in OPS
+    for case in table.EMPTY
+    for p in OF[table]
+]
+
+
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("case", EMPTY, ids=lambda c: c.name)
+@pytest.mark.parametrize(("provider", "case"), NOTHING)
 def test_no_tokens(provider, case, dtypes):
     if refusal := numerics.takes(provider, DTYPES[dtypes]):
         pytest.skip(refusal)
     p = numerics.problem(case, DTYPES[dtypes])
     with provider.active():
         out = numerics.ours(p, provider)
-    assert out["y"].shape == (*case.lead, case.N)
+    for name, shape in case.outputs().items():
+        assert out[name].shape == shape
     for name, t in p.tensors.items():
         if t.requires_grad:
             assert numerics.same_bits(out[f"d{name}"], torch.zeros_like(t)), f"d{name} of no tokens is zero"
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_float64_is_the_reference(provider):
-    case = numerics.by_name("three_adapters")
+F64 = [
+    pytest.param(*p.values, case, id=f"{p.id}-{case.op}", marks=p.marks)
+    for table, case in zip(OPS, [numerics.by_name("three_adapters"), *(t.STEP for t in OPS[1:])], strict=True)
+    for p in OF[table]
+]
+
+
+@pytest.mark.parametrize(("provider", "case"), F64)
+def test_float64_is_the_reference(provider, case):
     dtypes = type(DTYPES["f32"])(*[torch.float64] * 3)
     if refusal := numerics.takes(provider, dtypes):
         pytest.skip(refusal)
@@ -59,7 +85,9 @@ def test_float64_is_the_reference(provider):
 
 
 def test_the_table_names_each_case_once():
-    assert len({c.name for c in CASES}) == len(CASES)
+    for table in OPS:
+        names = [c.name for c in (*table.CASES, *table.EMPTY)]
+        assert len(set(names)) == len(names)
 
 
 def test_memory_is_poisoned():

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from peft_fast.ops import checks
-from tests import numerics
-from tests.cases import DTYPES, EMPTY, LAYOUTS, OPTIONS
+from tests import cases_lora_embedding, cases_lora_group, cases_lora_mlp, numerics
+from tests.cases import EMPTY, LAYOUTS, OPTIONS
+from tests.inputs import DTYPES
+
+TABLES = cases_lora_group, cases_lora_mlp, cases_lora_embedding
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +25,7 @@ def elsewhere(monkeypatch):
 @pytest.mark.parametrize("dtypes", ["f32", "bf16_f32_adapters"])
 def test_everything_is_on_the_device(dtypes):
     # layouts move tensors on their own ways, sizes do not
-    for case in LAYOUTS + OPTIONS + EMPTY:
+    for case in LAYOUTS + OPTIONS + EMPTY + [case for table in TABLES for case in table.CORNERS + table.EMPTY]:
         p = numerics.problem(case, DTYPES[dtypes])
         for out in (numerics.stock(p), numerics.truth(p), numerics.ours(p, numerics.Provider("torch"))):
             for name, tensor in out.items():

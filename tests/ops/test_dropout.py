@@ -8,8 +8,9 @@ import torch
 from peft_fast import native
 from peft_fast.ops import Adapter, draw_seed, dropout_mask, lora_linear
 from peft_fast.reference.dropout import keep_mask
-from tests import numerics
+from tests import cases_lora_embedding, cases_lora_group, cases_lora_mlp, numerics
 from tests.cases import DTYPES, Case
+from tests.inputs import Layer
 
 PROVIDERS = numerics.providers()
 DROPPED = Case("dropped", lead=(67,), K=131, N=40, ranks=(8,), p=(0.3,))
@@ -161,6 +162,40 @@ def test_state_of_the_generator(provider):
     numerics.set_rng_state(start)
     draw_seed(1, numerics.DEVICE)
     assert torch.equal(numerics.rng_state(), after), "the draw is draw_seed(number of adapters)"
+
+
+@numerics.each(cases_lora_group.STEP, cases_lora_mlp.STEP, cases_lora_embedding.STEP)
+def test_state_of_the_generator_around_groups_and_blocks(provider, case):
+    """One draw of a seed for each adapter, and one for the block's own mask; none where nothing is dropped."""
+    p = numerics.problem(case, DTYPES["f32"])
+    with provider.active():
+        torch.manual_seed(9)
+        start = numerics.rng_state()
+        ys = case.ours(provider, p.tensors)
+        after = numerics.rng_state()
+        torch.autograd.backward(ys, list(p.gs.values()) if isinstance(ys, tuple) else p.g)
+    assert torch.equal(numerics.rng_state(), after), "backward draws nothing"
+    numerics.set_rng_state(start)
+    if case.dropouts():
+        draw_seed(len(case.dropouts()), numerics.DEVICE)
+    assert torch.equal(numerics.rng_state(), after)
+
+
+@numerics.each(cases_lora_group.STEP, cases_lora_mlp.STEP)
+def test_each_layer_has_its_own_mask(provider, case):
+    """Siblings with equal weights and adapters give different outputs, and so do two calls."""
+    same = Layer(40, (8,), (0.5,), (1.0,))
+    options = {"layers": (same, same)} if case.op == "lora_group" else {"gate": None, "up": same, "p": 0.5}
+    p = numerics.problem(replace(case, **options), DTYPES["f32"])
+    t = p.tensors
+    if case.op == "lora_group":
+        t |= {f"1_{n}": t[f"0_{n}"] for n in ("W", "A0", "B0")}
+    with provider.active(), torch.no_grad():
+        first, second = numerics.call(p, provider), p.case.ours(provider, t)
+    if case.op == "lora_group":
+        assert not torch.equal(first[0], first[1])
+        first, second = first[0], second[0]
+    assert not torch.equal(first, second)
 
 
 def test_seeds_use_all_their_bits():

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(numerics.DEVICE.type != "cpu", reason="the devic
 def _a_clean_slate(monkeypatch):
     from peft_fast.kernels import launch
 
-    monkeypatch.setattr(ours, "_failed", {})
+    monkeypatch.setattr(ours.guarded, "failed", {})
     monkeypatch.setattr(launch, "_compiled", {})
     for cached in (backend._reason, backend._device_reason):
         cached.cache_clear()

@@ -15,14 +15,15 @@ GUARD = next((p for folder in ("lib*", "lib*/*") for p in Path("/").glob(f"{fold
 
 RUN = """
 import torch
-from tests import numerics
-from tests.cases import CASES, DTYPES, EMPTY
+from tests import cases, cases_lora_embedding, cases_lora_group, cases_lora_mlp, numerics
+from tests.inputs import DTYPES
 
+tables = cases, cases_lora_group, cases_lora_mlp, cases_lora_embedding
 assert numerics.isas()
 for isa in numerics.isas():
     provider = numerics.Provider("cpu", isa=isa)
     for dtypes in ("f32", "bf16", "bf16_f32_adapters"):
-        for case in CASES + EMPTY:
+        for case in [case for table in tables for case in table.CASES + table.EMPTY]:
             p = numerics.problem(case, DTYPES[dtypes])
             with provider.active():
                 out = numerics.ours(p, provider)

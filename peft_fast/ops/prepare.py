@@ -1,0 +1,81 @@
+"""What the ops share around their kernels: dtypes, adapters side by side, modules of backends, the count of calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peft_fast.ops.checks import FLOATS
+from peft_fast.ops.dropout import dropout_mask
+from peft_fast.ops.spec import Adapter, Sibling
+
+_calls = 0
+
+
+def fast_calls() -> int:
+    """How many forwards of all ops this process has run (calls traced by torch.compile are not counted)."""
+    return _calls
+
+
+def count_call() -> None:
+    """Counts one."""
+    global _calls
+    if not torch.compiler.is_compiling():
+        _calls += 1
+
+
+def computed_dtype(x: Tensor) -> tuple[torch.dtype, bool]:
+    """The dtype that an op on x computes in, x's or autocast's, and whether it is autocast's."""
+    device_type = x.device.type
+    autocast = torch.is_autocast_enabled(device_type) and x.dtype in FLOATS[1:]
+    return torch.get_autocast_dtype(device_type) if autocast else x.dtype, autocast
+
+
+def number_scalings(adapters: list[Adapter]) -> list[Adapter]:
+    """Adapters whose scaling is a number: a 0-d tensor goes into A and the bias."""
+    return [_into_A(a) if isinstance(a.scaling, Tensor) else a for a in adapters]
+
+
+def _into_A(adapter):
+    # in float32, so that its value never becomes a constant of a compiled graph
+    wide = at_least_float32(adapter.A.dtype)
+    bias = None if adapter.bias is None else adapter.bias.to(wide) * adapter.scaling
+    return Adapter(adapter.A.to(wide) * adapter.scaling, adapter.B.to(wide), 1.0, adapter.p, bias)
+
+
+def merge_bias(bias: Tensor | None, adapters: list[Adapter]) -> Tensor | None:
+    """bias (N,) with the scaled biases of the adapters."""
+    for adapter in adapters:
+        if adapter.bias is not None:
+            scaled = adapter.bias.to(at_least_float32(adapter.bias.dtype)) * adapter.scaling
+            bias = scaled if bias is None else bias + scaled
+    return bias
+
+
+def tensors_beside_W(adapters: list[Adapter], bias: Tensor | None) -> list[Tensor]:
+    """bias, A's and adapters' biases: what a backend may refuse the dtype of."""
+    others = [t for a in adapters for t in (a.A, a.bias) if t is not None]
+    return others if bias is None else [bias, *others]
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def masks(x: Tensor, seed: Tensor | None, ps: list[float]) -> list[Tensor | None]:
+    """x (..., K) -> the mask of each adapter in x's shape, None where nothing is dropped."""
+    M = x.shape[:-1].numel()
+    return [dropout_mask(seed[i], M, x.shape[-1], p).view(x.shape) if p > 0 else None for i, p in enumerate(ps)]
+
+
+def widened(sibling: Sibling, dtype: torch.dtype) -> Sibling:
+    """The sibling for the definition: at least float32 throughout and one rounding at the end, as PEFT rounds less."""
+    wide = at_least_float32(dtype)
+    W, bias, adapters, transposed = sibling
+    adapters = [
+        Adapter(a.A.to(wide), a.B.to(wide), a.scaling, a.p, None if a.bias is None else a.bias.to(wide))
+        for a in adapters
+    ]
+    # a float32 weight under autocast is a rounded one
+    return Sibling(W.to(dtype).to(wide), None if bias is None else bias.to(wide), adapters, transposed)
