@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ class Parts(NamedTuple):
 @functools.cache
 def starts_of(ranks: tuple[int, ...]) -> tuple[int, ...]:
     """First column of each adapter among the stacked ones."""
-    return tuple(sum(ranks[:i]) for i in range(len(ranks)))
+    return tuple(itertools.accumulate((0, *ranks[:-1]))) if ranks else ()
 
 
 @functools.cache
@@ -123,6 +124,49 @@ def column_scales(columns, scales, STARTS: tl.constexpr, ADAPTERS: tl.constexpr)
 
 
 @triton.jit
+def chosen(i, values, COUNT: tl.constexpr):
+    """values[i], where i is a number of the run time and ``values`` a tuple."""
+    found = values[0]
+    for j in tl.static_range(1, COUNT):
+        found = tl.where(i == j, values[j], found)
+    return found
+
+
+@triton.jit
+def low_rank_part(
+    D_ptr,
+    A_ptr,
+    rows,
+    first,
+    M,
+    K,
+    D_sm,
+    A_sr,
+    A_sk,
+    start,
+    count,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """D (M, R), A (R, K) -> D·A at (rows, first … first + BK) over count ranks from start on, float32."""
+    cols = first + tl.arange(0, BK)
+    part = tl.zeros((BM, BK), tl.float32)
+    for r in tl.range(start, start + count, BR, num_stages=1):
+        ranks = r + tl.arange(0, BR)
+        valid = ranks < start + count
+        d = tl.load(D_ptr + rows[:, None] * D_sm + ranks[None, :], mask=(rows < M)[:, None] & valid[None, :], other=0.0)
+        a = tl.load(
+            A_ptr + ranks[:, None] * A_sr + cols[None, :].to(tl.int64) * A_sk,
+            mask=valid[:, None] & (cols < K)[None, :],
+            other=0.0,
+        )
+        part = tl.dot(d, a.to(d.dtype), part, input_precision=PRECISION)
+    return part
+
+
+@triton.jit
 def low_rank_tile(
     D_ptr,
     A_ptr,
@@ -145,27 +189,19 @@ def low_rank_tile(
     BR: tl.constexpr,
 ):
     """D (M, R), A (R, K) -> Σ over parts of mask∘(D·A)·scale at (rows, first … first + BK), float32."""
-    cols = first + tl.arange(0, BK)
-    total = tl.zeros((BM, BK), tl.float32)
-    for i in tl.static_range(PARTS):
-        part = tl.zeros((BM, BK), tl.float32)
-        for r in tl.range(STARTS[i], STARTS[i] + COUNTS[i], BR, num_stages=1):
-            ranks = r + tl.arange(0, BR)
-            valid = ranks < STARTS[i] + COUNTS[i]
-            d = tl.load(
-                D_ptr + rows[:, None] * D_sm + ranks[None, :], mask=(rows < M)[:, None] & valid[None, :], other=0.0
-            )
-            a = tl.load(
-                A_ptr + ranks[:, None] * A_sr + cols[None, :].to(tl.int64) * A_sk,
-                mask=valid[:, None] & (cols < K)[None, :],
-                other=0.0,
-            )
-            part = tl.dot(d, a.to(d.dtype), part, input_precision=PRECISION)
-        if THRESHOLDS[i] > 0:
-            keep = keep_tile(tl.load(seed_ptr + i), rows, first, THRESHOLDS[i], BM, BK)
-            part = tl.where(keep, part * scales[i], 0.0)
-        if PARTS == 1:
-            total = part
-        else:
-            total += part
+    if PARTS == 0:
+        total = tl.zeros((BM, BK), tl.float32)
+    elif PARTS == 1:
+        total = low_rank_part(D_ptr, A_ptr, rows, first, M, K, D_sm, A_sr, A_sk, 0, COUNTS[0], PRECISION, BM, BK, BR)
+        if THRESHOLDS[0] > 0:
+            keep = keep_tile(tl.load(seed_ptr), rows, first, THRESHOLDS[0], BM, BK)
+            total = tl.where(keep, total * scales[0], 0.0)
+    else:
+        # a loop, which stays one however many adapters there are
+        total = tl.zeros((BM, BK), tl.float32)
+        for i in range(PARTS):
+            start, count = chosen(i, STARTS, PARTS), chosen(i, COUNTS, PARTS)
+            part = low_rank_part(D_ptr, A_ptr, rows, first, M, K, D_sm, A_sr, A_sk, start, count, PRECISION, BM, BK, BR)
+            keep = keep_tile(tl.load(seed_ptr + i), rows, first, chosen(i, THRESHOLDS, PARTS), BM, BK)
+            total += tl.where(keep, part * chosen(i, scales, PARTS), 0.0)
     return total

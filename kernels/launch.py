@@ -49,15 +49,17 @@ def launch(kernel, grid, operands, free, sizes, constants, tile):
 
 
 def _kind(argument):
-    """What a kernel is specialised for in a tensor, a tuple of floats, None or a descriptor (its block is constant)."""
+    """What a kernel is specialised for in a tensor, a number, None, a tuple or a descriptor (of a constant block)."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
-    if argument is None:
-        return None
-    return len(argument) if isinstance(argument, tuple) else argument.base.dtype
+    if isinstance(argument, tuple):
+        return tuple(map(_kind, argument))
+    return type(argument) if argument is None or isinstance(argument, float) else argument.base.dtype
 
 
 def _near(argument):
     """Does Triton address this memory with 32 bits, as it does on AMD where the storage is small enough?"""
+    if isinstance(argument, tuple):
+        return tuple(map(_near, argument))
     tensor = getattr(argument, "base", argument)
     return isinstance(tensor, torch.Tensor) and tensor.untyped_storage().size() < 1 << 31

@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peft_fast.kernels import tiles
 from peft_fast.kernels.device import cdiv, low_rank_tile, on, parts_of, precision, rank_block, target
+from peft_fast.kernels.gemm import add_product, place
 from peft_fast.kernels.launch import launch
 
 
@@ -106,58 +107,33 @@ def _lora_linear_fused_kernel(
 ):
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        # GM row blocks go through the same columns of W before the next ones
-        group = tile // (GM * tiles_n) * GM
-        height = min(tiles_m - group, GM)
-        m = (group + tile % (GM * tiles_n) % height) * BM
-        n = tile % (GM * tiles_n) // height * BN
+        block_m, block_n = place(tile, tiles_m, tiles_n, GM)
+        m, n = block_m * BM, block_n * BN
         rows = (m + tl.arange(0, BM)).to(tl.int64)
         cols = n + tl.arange(0, BN)
 
-        if PARTS == 0:
-            acc = tl.zeros((BM, BN), tl.float32)
-        else:
-            acc = low_rank_tile(
-                H_ptr,
-                B_ptr,
-                seed_ptr,
-                scales,
-                rows,
-                n,
-                M,
-                N,
-                H_sm,
-                B_sr,
-                B_sn,
-                STARTS,
-                COUNTS,
-                THRESHOLDS,
-                PARTS,
-                PRECISION,
-                BM,
-                BN,
-                BR,
-            )
-        if TMA:
-            for k in range(0, K, BK):
-                xt = x.load([m, k])
-                wt = W.load([n, k]).T if K_LAST else W.load([k, n])
-                acc = tl.dot(xt, wt, acc, input_precision=PRECISION)
-        else:
-            # rows and columns past the end wrap around: what they give is not stored
-            x_rows = ((m + tl.arange(0, BM)) % M).to(tl.int64)
-            x_ptrs = x + x_rows[:, None] * x_sm + tl.arange(0, BK)[None, :]
-            W_ptrs = W + (cols % N)[None, :].to(tl.int64) * W_sn + tl.arange(0, BK)[:, None].to(tl.int64) * W_sk
-            for k in range(0, K, BK):
-                if EVEN_K:
-                    xt, wt = tl.load(x_ptrs), tl.load(W_ptrs)
-                else:
-                    inside = k + tl.arange(0, BK) < K
-                    xt = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
-                    wt = tl.load(W_ptrs, mask=inside[:, None], other=0.0)
-                acc = tl.dot(xt, wt, acc, input_precision=PRECISION)
-                x_ptrs += BK
-                W_ptrs += BK * W_sk
+        acc = low_rank_tile(
+            H_ptr,
+            B_ptr,
+            seed_ptr,
+            scales,
+            rows,
+            n,
+            M,
+            N,
+            H_sm,
+            B_sr,
+            B_sn,
+            STARTS,
+            COUNTS,
+            THRESHOLDS,
+            PARTS,
+            PRECISION,
+            BM,
+            BN,
+            BR,
+        )
+        acc = add_product(acc, x, W, m, n, M, N, K, x_sm, W_sn, W_sk, TMA, K_LAST, EVEN_K, PRECISION, BM, BN, BK)
         if BIAS:
             acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         y_ptrs = y_ptr + rows[:, None] * y_sm + cols[None, :]

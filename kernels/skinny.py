@@ -23,7 +23,7 @@ from peft_fast.kernels.device import (
     target,
 )
 from peft_fast.kernels.launch import launch
-from peft_fast.kernels.split import finalize, slots_of, split
+from peft_fast.kernels.split import finalize, slot_of, slots_of, split
 
 
 @triton.jit(do_not_specialize=["M", "k_blocks"])
@@ -41,6 +41,7 @@ def _lora_linear_shrink_kernel(
     x_sm,
     A_sr,
     A_sk,
+    H_sm,
     ADAPTER_STARTS: tl.constexpr,
     ADAPTERS: tl.constexpr,
     STARTS: tl.constexpr,
@@ -57,17 +58,9 @@ def _lora_linear_shrink_kernel(
     # slots of one row block are neighbours, so that all but the first find x in the L2 cache
     slot = tl.program_id(0) % SLOTS
     rows = (tl.program_id(0) // SLOTS).to(tl.int64) * BM + tl.arange(0, BM)
-    start, count, owner, threshold = STARTS[0], COUNTS[0], OWNERS[0], THRESHOLDS[0]
-    for i in tl.static_range(1, SLOTS):
-        start = tl.where(slot == i, STARTS[i], start)
-        count = tl.where(slot == i, COUNTS[i], count)
-        owner = tl.where(slot == i, OWNERS[i], owner)
-        threshold = tl.where(slot == i, THRESHOLDS[i], threshold)
-    ranks = start + tl.arange(0, BR)
-    valid = ranks < start + count
-    if DROPOUT:
-        seed = tl.load(seed_ptr + owner)
+    ranks, valid, seed, threshold = slot_of(slot, seed_ptr, STARTS, COUNTS, OWNERS, THRESHOLDS, SLOTS, DROPOUT, BR)
 
+    dtype = H_ptr.dtype.element_ty
     first = tl.program_id(1) * k_blocks
     acc = tl.zeros((BM, BR), tl.float32)
     for block in range(first, min(first + k_blocks, tl.cdiv(K, BK))):
@@ -84,15 +77,15 @@ def _lora_linear_shrink_kernel(
             mask=(cols < K)[:, None] & valid[None, :],
             other=0.0,
         )
-        acc = tl.dot(x, a.to(x.dtype), acc, input_precision=PRECISION)
+        acc = tl.dot(x.to(dtype), a.to(dtype), acc, input_precision=PRECISION)
 
     mask = (rows < M)[:, None] & valid[None, :]
-    offsets = rows[:, None] * R + ranks[None, :]
     if tl.num_programs(1) == 1:
         acc *= column_scales(ranks, scales, ADAPTER_STARTS, ADAPTERS)[None, :]
-        tl.store(H_ptr + offsets, acc.to(H_ptr.dtype.element_ty), mask=mask)
+        tl.store(H_ptr + rows[:, None] * H_sm + ranks[None, :], acc.to(dtype), mask=mask)
     else:
-        tl.store(work_ptr + tl.program_id(1).to(tl.int64) * M * R + offsets, acc, mask=mask)
+        work = work_ptr + tl.program_id(1).to(tl.int64) * M * R
+        tl.store(work + rows[:, None] * R + ranks[None, :], acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "m_blocks"])
@@ -109,18 +102,20 @@ def _lora_linear_shrink_outer_kernel(
     g_sm,
     B_sn,
     B_sr,
+    H_sm,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
 ):
+    dtype = H_ptr.dtype.element_ty
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     ranks = tl.arange(0, BR)
     b = tl.load(
         B_ptr + cols[:, None].to(tl.int64) * B_sn + ranks[None, :] * B_sr,
         mask=(cols < N)[:, None] & (ranks < R)[None, :],
         other=0.0,
-    ).to(g_ptr.dtype.element_ty)
+    ).to(dtype)
 
     first = tl.program_id(1) * m_blocks
     dB = tl.zeros((BN, BR), tl.float32)
@@ -128,12 +123,12 @@ def _lora_linear_shrink_outer_kernel(
         rows = (block * BM + tl.arange(0, BM)).to(tl.int64)
         g = tl.load(
             g_ptr + rows[:, None] * g_sm + cols[None, :], mask=(rows < M)[:, None] & (cols < N)[None, :], other=0.0
-        )
+        ).to(dtype)
         mask = (rows < M)[:, None] & (ranks < R)[None, :]
-        offsets = rows[:, None] * R + ranks[None, :]
-        h = tl.load(H_ptr + offsets, mask=mask, other=0.0)
+        h = tl.load(H_ptr + rows[:, None] * H_sm + ranks[None, :], mask=mask, other=0.0)
         d = tl.dot(g, b, input_precision=PRECISION)
-        tl.store(D_ptr + tl.program_id(0).to(tl.int64) * M * R + offsets, d, mask=mask)
+        work = D_ptr + tl.program_id(0).to(tl.int64) * M * R
+        tl.store(work + rows[:, None] * R + ranks[None, :], d, mask=mask)
         dB = tl.dot(tl.trans(g), h, dB, input_precision=PRECISION)
     tl.store(
         dB_ptr + tl.program_id(1).to(tl.int64) * N * R + cols[:, None].to(tl.int64) * R + ranks[None, :],
@@ -153,6 +148,7 @@ def _lora_linear_outer_kernel(
     K,
     R,
     x_sm,
+    D_sm,
     STARTS: tl.constexpr,
     COUNTS: tl.constexpr,
     OWNERS: tl.constexpr,
@@ -167,16 +163,7 @@ def _lora_linear_outer_kernel(
     slot = tl.program_id(0) % SLOTS
     k = tl.program_id(0) // SLOTS * BK
     cols = k + tl.arange(0, BK)
-    start, count, owner, threshold = STARTS[0], COUNTS[0], OWNERS[0], THRESHOLDS[0]
-    for i in tl.static_range(1, SLOTS):
-        start = tl.where(slot == i, STARTS[i], start)
-        count = tl.where(slot == i, COUNTS[i], count)
-        owner = tl.where(slot == i, OWNERS[i], owner)
-        threshold = tl.where(slot == i, THRESHOLDS[i], threshold)
-    ranks = start + tl.arange(0, BR)
-    valid = ranks < start + count
-    if DROPOUT:
-        seed = tl.load(seed_ptr + owner)
+    ranks, valid, seed, threshold = slot_of(slot, seed_ptr, STARTS, COUNTS, OWNERS, THRESHOLDS, SLOTS, DROPOUT, BR)
 
     first = tl.program_id(1) * m_blocks
     acc = tl.zeros((BR, BK), tl.float32)
@@ -187,8 +174,8 @@ def _lora_linear_outer_kernel(
         )
         if DROPOUT:
             x = tl.where(keep_tile(seed, rows, k, threshold, BM, BK), x, 0.0)
-        d = tl.load(D_ptr + rows[None, :] * R + ranks[:, None], mask=(rows < M)[None, :] & valid[:, None], other=0.0)
-        acc = tl.dot(d, x, acc, input_precision=PRECISION)
+        d = tl.load(D_ptr + rows[None, :] * D_sm + ranks[:, None], mask=(rows < M)[None, :] & valid[:, None], other=0.0)
+        acc = tl.dot(d, x.to(d.dtype), acc, input_precision=PRECISION)
     tl.store(
         work_ptr + tl.program_id(1).to(tl.int64) * R * K + ranks[:, None].to(tl.int64) * K + cols[None, :],
         acc,
@@ -196,14 +183,17 @@ def _lora_linear_outer_kernel(
     )
 
 
-def shrink(x, A, seed, ranks, scalings, ps, tf32=False, overrides=None):
-    """x (M, K) with unit column stride, A (R, K), seed (adapters,) int64 | None -> H (M, R) = s·drop(x)·Aᵀ."""
+def shrink(x, A, seed, ranks, scalings, ps, tf32=False, overrides=None, out=None):
+    """x (M, K) with unit column stride, A (R, K), seed (adapters,) int64 | None -> H (M, R) = s·drop(x)·Aᵀ.
+
+    ``out``, with unit column stride, takes H; the product is made in its dtype, which is x's without it.
+    """
     (M, K), R = x.shape, A.shape[0]
-    H = x.new_empty(M, R)
+    H = x.new_empty(M, R) if out is None else out
     if not H.numel():
         return H
     with on(x):
-        tile = tiles.pick("shrink", tiles.shape_class("shrink", M, K, 0, R, any(ps)), x.dtype, target().arch, overrides)
+        tile = tiles.pick("shrink", tiles.shape_class("shrink", M, K, 0, R, any(ps)), H.dtype, target().arch, overrides)
         slots = slots_of(ranks, ps, tile, tf32)
         programs = slots.SLOTS * cdiv(M, tile.BM)
         splits, each = split(K, tile.BK, programs)
@@ -214,7 +204,7 @@ def shrink(x, A, seed, ranks, scalings, ps, tf32=False, overrides=None):
             (programs, splits),
             (x, A, H, work, seed, scales),
             (M, each),
-            (K, R, x.stride(0), *A.stride()),
+            (K, R, x.stride(0), *A.stride(), H.stride(0)),
             (starts_of(ranks), len(ranks), *slots),
             tile,
         )
@@ -223,22 +213,24 @@ def shrink(x, A, seed, ranks, scalings, ps, tf32=False, overrides=None):
     return H
 
 
-def shrink_outer(g, B, H, ranks, scalings, dtype, tf32=False, overrides=None):
+def shrink_outer(g, B, H, ranks, scalings, dtype, tf32=False, overrides=None, out=None):
     """g (M, N) with unit column stride, B (N, R), H (M, R) -> D (M, R) = s·g·B, dB (N, R) = gᵀ·H in ``dtype``.
 
+    H and ``out``, which takes D, may be columns of wider ones; the products are made in H's dtype.
     One pass over g while the partial sums stay small beside it; past rank 32 two passes move fewer bytes.
     """
     (M, N), R = g.shape, B.shape[1]
+    D = H.new_empty(M, R) if out is None else out
     if R > tiles.MOST_SHARED_RANK:
         no = (0.0,) * len(ranks)
-        D = shrink(g, B.t(), None, ranks, scalings, no, tf32, overrides)
+        shrink(g, B.t(), None, ranks, scalings, no, tf32, overrides, D)
         return D, outer(g, H, None, ranks, no, dtype, tf32, overrides).t()
-    D, dB = g.new_empty(M, R), g.new_zeros(N, R, dtype=dtype) if not M else g.new_empty(N, R, dtype=dtype)
+    dB = g.new_zeros(N, R, dtype=dtype) if not M else g.new_empty(N, R, dtype=dtype)
     if not M or not dB.numel():
         return D.zero_(), dB
     with on(g):
         shape = tiles.shape_class("shrink_outer", M, 0, N, R, False)
-        tile = tiles.pick("shrink_outer", shape, g.dtype, target().arch, overrides)
+        tile = tiles.pick("shrink_outer", shape, H.dtype, target().arch, overrides)
         slices = cdiv(N, tile.BN)
         chunks, each = split(M, tile.BM, slices)
         D_work = g.new_empty(slices, M, R, dtype=torch.float32)
@@ -248,7 +240,7 @@ def shrink_outer(g, B, H, ranks, scalings, dtype, tf32=False, overrides=None):
             (slices, chunks),
             (g, B, H, D_work, dB_work),
             (M, each),
-            (N, R, g.stride(0), *B.stride()),
+            (N, R, g.stride(0), *B.stride(), H.stride(0)),
             (precision(tf32), tile.BM, tile.BN, block_of(R, 16, tile.BR)),
             tile,
         )
@@ -258,13 +250,13 @@ def shrink_outer(g, B, H, ranks, scalings, dtype, tf32=False, overrides=None):
 
 
 def outer(x, D, seed, ranks, ps, dtype, tf32=False, overrides=None):
-    """x (M, K) with unit column stride, D (M, R) -> dA (R, K) = Dᵀ·drop(x) in ``dtype``."""
+    """x (M, K) and D (M, R) with unit column stride -> dA (R, K) = Dᵀ·drop(x) in ``dtype``, the product in D's."""
     (M, K), R = x.shape, D.shape[1]
     dA = x.new_empty(R, K, dtype=dtype)
     if not M or not dA.numel():
         return dA.zero_()
     with on(x):
-        tile = tiles.pick("outer", tiles.shape_class("outer", M, K, 0, R, any(ps)), x.dtype, target().arch, overrides)
+        tile = tiles.pick("outer", tiles.shape_class("outer", M, K, 0, R, any(ps)), D.dtype, target().arch, overrides)
         slots = slots_of(ranks, ps, tile, tf32)
         programs = slots.SLOTS * cdiv(K, tile.BK)
         chunks, each = split(M, tile.BM, programs)
@@ -274,7 +266,7 @@ def outer(x, D, seed, ranks, ps, dtype, tf32=False, overrides=None):
             (programs, chunks),
             (x, D, work, seed),
             (M, each),
-            (K, R, x.stride(0)),
+            (K, R, x.stride(0), D.stride(0)),
             slots,
             tile,
         )

@@ -78,6 +78,30 @@ def slots_of(ranks: tuple[int, ...], ps: tuple[float, ...], tile: Tile, tf32: bo
     return Slots(starts, counts, owners, thresholds, len(slots), dropout, precision(tf32), tile.BM, tile.BK, BR)
 
 
+@triton.jit
+def slot_of(
+    slot,
+    seed_ptr,
+    STARTS: tl.constexpr,
+    COUNTS: tl.constexpr,
+    OWNERS: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Number of a slot -> its rank columns (BR,), which of them are its own, its adapter's seed and threshold."""
+    start, count, owner, threshold = STARTS[0], COUNTS[0], OWNERS[0], THRESHOLDS[0]
+    for i in tl.static_range(1, SLOTS):
+        start = tl.where(slot == i, STARTS[i], start)
+        count = tl.where(slot == i, COUNTS[i], count)
+        owner = tl.where(slot == i, OWNERS[i], owner)
+        threshold = tl.where(slot == i, THRESHOLDS[i], threshold)
+    ranks = start + tl.arange(0, BR)
+    seed = tl.load(seed_ptr + owner) if DROPOUT else 0
+    return ranks, ranks < start + count, seed, threshold
+
+
 def split(size, block, programs):
     """(splits, blocks of each): enough programs for the device, a few blocks each at least."""
     blocks = cdiv(size, block)

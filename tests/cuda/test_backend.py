@@ -24,7 +24,7 @@ built = pytest.mark.skipif(not cuda.archs(), reason=cuda.reason())
 @pytest.fixture
 def fresh(monkeypatch):
     """No failure remembered before, none left behind."""
-    monkeypatch.setattr(lora_linear, "_failed", {})
+    monkeypatch.setattr(lora_linear.guarded, "failed", {})
     monkeypatch.setattr(selftest, "_found", {})
 
 

@@ -71,14 +71,22 @@ class Launch:
 
     @property
     def arguments(self) -> dict[str, str]:
-        """Name -> type of each argument that is no constant, `aligned` behind it where 16 is known to divide it."""
+        """Name -> type of each argument that is no constant, `aligned` behind it where 16 is known to divide it.
+
+        Members of a tuple are named by their place: W_ptrs.0, W_ptrs.1.
+        """
         source = self.kernel.src
-        told = {at[0] for at, facts in source.attrs.items() if ["tt.divisibility", 16] in facts}
-        return {
-            name: f"{kind} aligned" if i in told else kind
-            for i, (name, kind) in enumerate(source.signature.items())
-            if kind != "constexpr" and isinstance(kind, str)
-        }
+        told = {at for at, facts in source.attrs.items() if ["tt.divisibility", 16] in facts}
+
+        def members(name, kind, place):
+            if isinstance(kind, tuple):
+                for i, member in enumerate(kind):
+                    yield from members(f"{name}.{i}", member, (*place, i))
+            elif kind != "constexpr":
+                yield name, f"{kind} aligned" if place in told else kind
+
+        signature = enumerate(source.signature.items())
+        return dict(found for i, (name, kind) in signature for found in members(name, kind, (i,)))
 
     @functools.cached_property
     def code(self) -> tuple[list[str], dict[str, int]]:

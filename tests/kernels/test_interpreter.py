@@ -16,6 +16,7 @@ PARTS = {
     "bf16": ["test_bf16.py"],
     "addresses": ["test_addresses.py"],
     "mutants": ["test_mutants.py"],
+    "other_ops": ["test_other_ops.py"],
     **{plan: ["test_contract.py", "-k", f"triton-{plan}"] for plan in BACKEND_PLANS["triton"]},
     # what every backend is asked, of this one
     "autograd": ["../../ops/test_autograd.py", "../../ops/test_dropout.py", "-k", "triton"],

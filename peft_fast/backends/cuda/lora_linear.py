@@ -11,12 +11,12 @@ tried on a small problem first; from a failure on, the torch backend runs the ca
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections import Counter
 
 import torch
 
 from peft_fast.backends.cuda import selftest
+from peft_fast.backends.fallback import Fallback
 from peft_fast.backends.operators import register, shaped, traced
 from peft_fast.backends.torch import lora_linear as vendor
 from peft_fast.backends.triton import first_line
@@ -24,8 +24,6 @@ from peft_fast.ops.spec import Spec
 
 CHUNK, MAX_CHUNKS = 64, 32  # csrc/cuda/skinny.h: one launch takes this many chunks of this many ranks
 
-_failed: dict[tuple, str] = {}
-_fallbacks = 0
 _refusals: Counter[str] = Counter()
 
 
@@ -44,12 +42,12 @@ def backward(g, x, W, bias, A, B, H, seed, spec, needs):
 
 def failures() -> list[str]:
     """Why calls that the CUDA kernels were chosen for ran on the torch backend, a sentence each."""
-    return sorted({*_failed.values(), *selftest.failures()})
+    return sorted({*guarded.reasons(), *selftest.failures()})
 
 
 def fallbacks() -> int:
     """How many calls torch ran so far because a kernel had failed: whose time is whose."""
-    return _fallbacks
+    return guarded.calls
 
 
 def refusals() -> Counter[str]:
@@ -71,7 +69,7 @@ def uncounted():
 def run_forward(x, W, bias, A, B, seed, spec):
     """What the operator does; every adapter has at least one rank, and x and W at least one element."""
     ops, ranks, none = torch.ops.peft_fast, spec.ranks, [0.0] * len(spec.ranks)
-    x2 = _rows(x)
+    x2 = vendor.dense_rows(x)
     Wn = W.to(x.dtype).t() if spec.transposed else W.to(x.dtype)  # (N, K)
     H = ops.lora_shrink(x2, A, seed, ranks, spec.scalings, spec.ps)
     y = _fused(x2, Wn, H, B, bias, None, 0.0) if spec.plan == "fused" else None
@@ -84,7 +82,7 @@ def run_backward(g, x, W, bias, A, B, H, seed, spec, needs):
     """What the operator does; None for what is not needed."""
     ops, ranks = torch.ops.peft_fast, spec.ranks
     dx = dW = dbias = dA = dB = D = None
-    x2, g2 = _rows(x), _rows(g.to(x.dtype))
+    x2, g2 = vendor.dense_rows(x), vendor.dense_rows(g.to(x.dtype))
     if needs[0] or needs[3] or needs[4]:
         # both also where one would do, which is rare: a gradient's bits do not hang on which others are wanted
         D, dB = ops.lora_shrink_outer(g2, B.t(), H, ranks, spec.scalings)
@@ -144,12 +142,6 @@ def _refused(why):
     _refusals[why] += 1
 
 
-def _rows(t):
-    """(..., C) -> (M, C) with neighbouring columns, a view where that is one."""
-    t = vendor.rows(t)
-    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
-
-
 def _plain(spec):
     return spec.ranks, spec.scalings, spec.ps, spec.transposed, spec.plan
 
@@ -160,38 +152,41 @@ def _takes(x, W, ranks):
     return x.numel() and W.numel() and 0 < chunks <= MAX_CHUNKS
 
 
+def _judge(error):
+    """What a launch refused comes again; exhausted memory, seen through the stable ABI, is any RuntimeError."""
+    if not isinstance(error, RuntimeError) or isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+        raise error
+    return first_line(error), selftest.LAUNCH in str(error)
+
+
+guarded = Fallback("CUDA", _judge)
+
+
 def _forward_op(x, W, bias, A, B, seed, ranks, scalings, ps, transposed, plan):
     spec = Spec(ranks, scalings, ps, x.dtype, transposed, False, "cuda", plan)
-    return _guarded("forward", run_forward, vendor.forward, x, W, (x, W, bias, A, B, seed), spec)
+    return _run("forward", run_forward, vendor.forward, x, W, (x, W, bias, A, B, seed), spec)
 
 
 def _backward_op(g, x, W, bias, A, B, H, seed, ranks, scalings, ps, transposed, plan, dx_dtype, needs):
     spec = Spec(ranks, scalings, ps, dx_dtype, transposed, False, "cuda", plan)
     tensors = g, x, W, bias, A, B, H, seed
-    grads = _guarded("backward", run_backward, vendor.backward, x, W, tensors, spec, needs)
+    grads = _run("backward", run_backward, vendor.backward, x, W, tensors, spec, needs)
     # an operator returns tensors only, and its fake promises contiguous ones
     return tuple(x.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
-def _guarded(what, run, otherwise, x, W, tensors, spec, *more):
+def _run(what, run, otherwise, x, W, tensors, spec, *more):
     """run(...), or the torch backend where the kernels do not take the call, or have failed."""
-    global _fallbacks
+    plain = spec._replace(plan="accumulate")
     with vendor.no_autocast(x.device.type):
-        if _takes(x, W, spec.ranks):
-            signature = what, spec.plan, x.device, x.dtype
-            if signature not in _failed and not selftest.reason(x.device, x.dtype, spec.plan):
-                try:
-                    return run(*tensors, spec, *more)
-                except RuntimeError as error:
-                    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
-                        raise
-                    why = f"a CUDA kernel of lora_linear's {what} failed and torch runs it ({first_line(error)})"
-                    # exhausted memory, seen through the stable ABI, is any RuntimeError: the next call may have some
-                    if selftest.LAUNCH in str(error):
-                        _failed[signature] = why
-                    warnings.warn(why, RuntimeWarning, stacklevel=2)
-            _fallbacks += 1
-        return otherwise(*tensors, spec._replace(plan="accumulate"), *more)
+        if not _takes(x, W, spec.ranks):
+            return otherwise(*tensors, plain, *more)
+        return guarded(
+            (f"lora_linear's {what}", spec.plan, x.device, x.dtype),
+            lambda: run(*tensors, spec, *more),
+            lambda: otherwise(*tensors, plain, *more),
+            trusted=not selftest.reason(x.device, x.dtype, spec.plan),
+        )
 
 
 register("cuda", _forward_op, _backward_op)

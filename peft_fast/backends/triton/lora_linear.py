@@ -10,21 +10,17 @@ failures() says why.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
 from peft_fast.backends.operators import define, register, shaped, traced
 from peft_fast.backends.torch import lora_linear as vendor
-from peft_fast.backends.triton import first_line, interpreting, tuning
+from peft_fast.backends.triton import tuning
+from peft_fast.backends.triton.guard import guarded
 from peft_fast.ops.spec import Spec
 from peft_fast.reference.dropout import keep_mask
 
-# each adapter is unrolled code in the kernels; a crowd of them would compile for minutes
-MOST_ADAPTERS = 8
-
-_failed: dict[tuple, str] = {}
-_fallbacks = 0
+# which adapter a rank belongs to is code in the kernels: a crowd of them is left to torch
+MOST_ADAPTERS = 64
 
 
 def forward(x, W, bias, A, B, seed, spec):
@@ -42,38 +38,34 @@ def backward(g, x, W, bias, A, B, H, seed, spec, needs):
 
 def failures() -> list[str]:
     """Why calls that Triton was chosen for ran on the torch backend, a sentence each."""
-    return sorted(set(_failed.values()))
+    return guarded.reasons()
 
 
 def fallbacks() -> int:
     """How many calls ran on the torch backend so far because a kernel failed: whose time is whose."""
-    return _fallbacks
+    return guarded.calls
 
 
 def run_forward(x, W, bias, A, B, seed, spec):
     """What the operator does, on real or meta tensors."""
-    x2, tf32, tiles = _rows(x), _tf32(x), tuning.load(x.device.index or 0)
-    Wn = W.to(x.dtype).t() if spec.transposed else W.to(x.dtype)  # (N, K)
+    x2, tf32, tiles = vendor.dense_rows(x), takes_tf32(x), tuning.load(x.device.index or 0)
     ranks, ps = tuple(spec.ranks), tuple(spec.ps)
-    H = skinny().shrink(x2, A, seed, ranks, tuple(spec.scalings), ps, tf32, tiles) if ranks else None
+    H = x.new_empty(x2.shape[0], 0)
+    if ranks:
+        H = skinny().shrink(x2, A, seed, ranks, tuple(spec.scalings), ps, tf32, tiles)
     if spec.plan == "fused":
+        Wn = W.to(x.dtype).t() if spec.transposed else W.to(x.dtype)  # (N, K)
         bias = bias if bias is None else bias.contiguous()
         y = gemm().fused(x2, Wn, bias, H, B, None, ranks, (0.0,) * len(ranks), x.dtype, tf32, tiles)
     else:
-        y = x.new_empty(x2.shape[0], Wn.shape[0])
-        bias = bias if bias is None else bias.to(x.dtype)
-        if not ranks:
-            torch.mm(x2, Wn.t(), out=y) if bias is None else torch.addmm(bias, x2, Wn.t(), out=y)
-        else:
-            low = B.to(x.dtype).t()
-            torch.mm(H, low, out=y) if bias is None else torch.addmm(bias, H, low, out=y)
-            y.addmm_(x2, Wn.t())
-    return shaped(y, x), x.new_empty(x2.shape[0], 0) if H is None else H
+        y = vendor.expand(x2, H, W, bias, B.to(x.dtype), spec.transposed, spec.plan)
+    return shaped(y, x), H
 
 
 def run_backward(g, x, W, bias, A, B, H, seed, spec, needs):
     """What the operator does, on real or meta tensors; None for what is not needed."""
-    x2, g2, tf32, tiles = _rows(x), _rows(g.to(x.dtype)), _tf32(x), tuning.load(x.device.index or 0)
+    x2, g2 = vendor.dense_rows(x), vendor.dense_rows(g.to(x.dtype))
+    tf32, tiles = takes_tf32(x), tuning.load(x.device.index or 0)
     ranks, scalings, ps = tuple(spec.ranks), tuple(spec.scalings), tuple(spec.ps)
     D = dx = dW = dbias = dA = dB = None
     if ranks and (needs[0] or needs[3] or needs[4]):
@@ -83,9 +75,9 @@ def run_backward(g, x, W, bias, A, B, H, seed, spec, needs):
     if needs[0]:
         dx = shaped(_dx(g2, D, W.to(x.dtype), A, seed, spec, tf32, tiles), x)
     if needs[1]:
-        dW = (x2.t() @ g2 if spec.transposed else g2.t() @ x2).to(W.dtype)
+        dW = vendor.weight_gradient(x2, g2, W, spec.transposed)
     if needs[2]:
-        dbias = g2.sum(0, dtype=torch.float32).to(bias.dtype)
+        dbias = vendor.bias_gradient(g2, bias)
     if needs[3] and ranks:
         dA = skinny().outer(x2, D, seed, ranks, ps, A.dtype, tf32, tiles)
     return dx, dW, dbias, dA, dB
@@ -99,7 +91,7 @@ def run_mask(seed, M, K, p):
 
         return dropout_mask(seed, M, K, p)
 
-    return _guarded(("dropout_mask", seed.device), run, lambda: keep_mask(seed, M, K, p))
+    return guarded(("dropout_mask", seed.device), run, lambda: keep_mask(seed, M, K, p))
 
 
 def skinny():
@@ -116,70 +108,29 @@ def gemm():
     return lora_linear
 
 
+def expand_dx(D, A, seed, spec, tf32, tiles):
+    """D (M, R), A (R, K) -> Σ mask∘(D·A)/(1 − p) (M, K) in dx's dtype."""
+    if any(spec.ps):
+        return gemm().expand(D, A, seed, tuple(spec.ranks), tuple(spec.ps), spec.dx_dtype, tf32, tiles)
+    return (D @ A.to(D.dtype)).to(spec.dx_dtype)
+
+
+def takes_tf32(x):
+    """Are float32 products of x's dtype made in TF32?"""
+    return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def _dx(g2, D, W, A, seed, spec, tf32, tiles):
     """g (M, N), D (M, R), W as stored, A (R, K) -> dx (M, K)."""
-    Wn = W.t() if spec.transposed else W  # (N, K)
-    ranks, ps = tuple(spec.ranks), tuple(spec.ps)
     if spec.plan == "fused":
+        Wn, ranks, ps = W.t() if spec.transposed else W, tuple(spec.ranks), tuple(spec.ps)  # (N, K)
         return gemm().fused(g2, Wn.t(), None, D, A.t(), seed, ranks, ps, spec.dx_dtype, tf32, tiles)
-    if D is None:
-        return (g2 @ Wn).to(spec.dx_dtype)
-    if any(ps):
-        low = gemm().expand(D, A, seed, ranks, ps, spec.dx_dtype, tf32, tiles)
-    else:
-        low = (D @ A.to(D.dtype)).to(spec.dx_dtype)
-    return low.addmm_(g2, Wn) if low.dtype == g2.dtype else low + g2 @ Wn
-
-
-def _rows(t):
-    """(..., K) -> (M, K) with unit column stride."""
-    t = vendor.rows(t)
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
-
-
-def _tf32(x):
-    return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    low = None if D is None else expand_dx(D, A, seed, spec, tf32, tiles)
+    return vendor.add_base(low, [(g2, W, spec.transposed)], spec.dx_dtype)
 
 
 def _plain(spec):
     return spec.ranks, spec.scalings, spec.ps, spec.transposed, spec.plan
-
-
-def _guarded(signature, run, otherwise):
-    """run(), or otherwise() from the first time on that a kernel of this signature did not compile or launch."""
-    global _fallbacks
-    if signature not in _failed:
-        try:
-            return run()
-        except Exception as error:
-            if type(error) is RuntimeError and "out of memory" in str(error):  # from Triton's loader
-                raise torch.OutOfMemoryError(str(error)) from error
-            if not _is_ours(error):
-                raise
-            why = f"a Triton kernel of {signature[0]} failed and torch runs it instead ({_what(error)})"
-            # what a stream refuses while it is captured may work on the next call
-            if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-                _failed[signature] = why
-            warnings.warn(why, RuntimeWarning, stacklevel=2)
-    _fallbacks += 1
-    return otherwise()
-
-
-def _is_ours(error):
-    """Compilers and launches that fail; not exhausted memory, a vendor's GEMM, a broken device, or a bug in ours."""
-    from triton.runtime.errors import InterpreterError
-
-    bugs = (InterpreterError, AssertionError) if interpreting() else ()
-    theirs = torch.OutOfMemoryError, torch.AcceleratorError, *bugs
-    return not isinstance(error, theirs) and "CUBLAS" not in str(error)
-
-
-def _what(error):
-    from triton.compiler.errors import CompilationError
-
-    # a compilation error shows the source before it says what is wrong
-    line = str(error).strip().splitlines()[-1] if isinstance(error, CompilationError) else first_line(error)
-    return f"{type(error).__name__}: {line}"
 
 
 def _signature(op, x, W, A, spec):
@@ -197,7 +148,7 @@ def _forward_op(x, W, bias, A, B, seed, ranks, scalings, ps, transposed, plan):
     with vendor.no_autocast(x.device.type):
         if _vendors(x, W, ranks):
             return vendor.forward(x, W, bias, A, B, seed, plain)
-        return _guarded(
+        return guarded(
             _signature("lora_linear's forward", x, W, A, spec),
             lambda: run_forward(x, W, bias, A, B, seed, spec),
             lambda: vendor.forward(x, W, bias, A, B, seed, plain),
@@ -211,7 +162,7 @@ def _backward_op(g, x, W, bias, A, B, H, seed, ranks, scalings, ps, transposed, 
         if _vendors(x, W, ranks):
             grads = vendor.backward(g, x, W, bias, A, B, H, seed, plain, needs)
         else:
-            grads = _guarded(
+            grads = guarded(
                 _signature("lora_linear's backward", x, W, A, spec),
                 lambda: run_backward(g, x, W, bias, A, B, H, seed, spec, needs),
                 lambda: vendor.backward(g, x, W, bias, A, B, H, seed, plain, needs),

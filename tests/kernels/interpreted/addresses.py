@@ -1,7 +1,8 @@
 """Triton's interpreter with memory taken away: loads give zeros, and every address is held against its tensor.
 
-Launches run on meta tensors, so shapes may be larger than any machine. Each load and store must lie inside the view
-it was given, and no element may be stored twice in one launch (that would be a race between programs).
+Launches run on meta tensors, so shapes may be larger than any machine; a tensor that holds data is read. Each load and
+store must lie inside the view it was given, and no element may be stored twice in one launch (that would be a race
+between programs).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from triton.runtime import interpreter
 
 SLOT = 44  # each argument of a launch has 2^44 bytes of addresses of its own
+FEW = 8
 COUNTED = 1 << 24  # larger outputs are held to their bounds only
 
 
@@ -32,12 +34,13 @@ class Seen:
     stores: int = 0
     counts: np.ndarray | None = field(default=None, repr=False)
 
-    def touch(self, offsets: np.ndarray, store: bool) -> None:
+    def touch(self, offsets: np.ndarray, store: bool) -> np.ndarray:
+        """Checks bytes from the tensor's first, counts them, and gives the elements' numbers."""
         t = self.tensor
         assert not (offsets % t.element_size()).any(), f"misaligned access to {tuple(t.shape)}"
         elements = offsets // t.element_size()
         if elements.size == 0:
-            return
+            return elements
         index, rest = np.zeros_like(elements), elements.copy()
         sizes = sorted(zip(t.stride(), t.shape, range(t.dim()), strict=True), reverse=True)
         for stride, size, dim in sizes:
@@ -52,13 +55,14 @@ class Seen:
         self.low, self.high = min(self.low, int(index.min())), max(self.high, int(index.max()))
         if not store:
             self.loads += elements.size
-            return
+            return index
         self.stores += elements.size
         if t.numel() <= COUNTED:
             if self.counts is None:
                 self.counts = np.zeros(t.numel(), np.int64)
             np.add.at(self.counts, index, 1)
             assert self.counts.max() <= 1, f"an element of {tuple(t.shape)} is stored twice in one launch"
+        return index
 
     @property
     def covered(self) -> bool:
@@ -71,7 +75,7 @@ def addresses(corners: Sequence[ModuleType] = ()) -> Iterator[list[list[Seen]]]:
     """Lists the tensors of each launch inside the block.
 
     With `corners`, the modules of the kernels, only the first and last program of each grid dimension and the first
-    and last step of each loop run.
+    and last step of each loop of more than a few run.
     """
     launches: list[list[Seen]] = []
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -85,17 +89,23 @@ def addresses(corners: Sequence[ModuleType] = ()) -> Iterator[list[list[Seen]]]:
         pointer.handle.data = np.array([len(launches[-1]) << SLOT], np.uint64)
         return pointer
 
-    def touch(pointers, mask, store):
+    def touch(pointers, mask, store, values=None):
         kept = np.asarray(mask.data).astype(bool)  # of a descriptor it is a plain array
         at = np.broadcast_to(pointers.data, kept.shape)[kept].astype(np.int64)
         for slot in np.unique(at >> SLOT):
             assert 1 <= slot <= len(launches[-1]), "an address outside every tensor"
-            launches[-1][slot - 1].touch(at[at >> SLOT == slot] - (int(slot) << SLOT), store)
+            seen = launches[-1][slot - 1]
+            index = seen.touch(at[at >> SLOT == slot] - (int(slot) << SLOT), store)
+            if values is not None and not seen.tensor.is_meta:
+                values[kept] = seen.tensor.reshape(-1)[torch.from_numpy(index)].numpy()
 
     def load(self, pointers, mask, other, *_, **__):
-        touch(pointers, mask, store=False)
         dtype = pointers.get_element_ty()
-        return interpreter.TensorHandle(np.zeros(pointers.data.shape, interpreter._get_np_dtype(dtype)), dtype)
+        values = np.zeros(pointers.data.shape, interpreter._get_np_dtype(dtype))
+        if other is not None:
+            values[...] = np.where(np.asarray(mask.data).astype(bool), 0, other.data)
+        touch(pointers, mask, store=False, values=values)
+        return interpreter.TensorHandle(values, dtype)
 
     def store(self, pointers, value, mask, *_, **__):
         touch(pointers, mask, store=True)
@@ -106,7 +116,8 @@ def addresses(corners: Sequence[ModuleType] = ()) -> Iterator[list[list[Seen]]]:
 
     def ends(*bounds):
         every = builtins.range(*bounds)
-        return sorted({every[0], every[-1]}) if every else []
+        # over adapters or siblings each step counts, and there are few
+        return every if len(every) <= FEW else (every[0], every[-1])
 
     changes = [
         (interpreter, "_implicit_cvt", convert),

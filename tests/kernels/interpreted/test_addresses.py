@@ -7,13 +7,24 @@ import torch
 import triton
 import triton.language as tl
 
-from peft_fast.kernels import device, dropout, lora_linear, skinny, split, tiles
+from peft_fast.kernels import (
+    device,
+    dropout,
+    gemm,
+    lora_embedding,
+    lora_group,
+    lora_linear,
+    lora_mlp,
+    skinny,
+    split,
+    tiles,
+)
 from tests.kernels.interpreted.addresses import addresses
-from tests.kernels.launches import empty, launches
+from tests.kernels.launches import OP_OF, empty, launches
 
 BF16 = torch.bfloat16
 MANY = (1 << 23) + 3
-MODULES = [device, dropout, lora_linear, skinny, split]
+MODULES = [device, dropout, gemm, lora_embedding, lora_group, lora_linear, lora_mlp, skinny, split]
 # M, K, N, ranks, ps
 SHAPES = {
     "one": (1, 1, 1, (1,), (0.1,)),
@@ -42,7 +53,9 @@ def test_inside_and_once(op, shape):
     with addresses() as found:
         results = calls(*SHAPES[shape])[op]()
     for result in results:
-        assert [seen.covered for seen in of(result, found)] == [True], "every element is stored, by one launch"
+        # where memory is zeros, all tokens are the first one
+        whole = op != "scatter" or result.shape[1] == 1
+        assert [seen.covered for seen in of(result, found)] == [whole], "every element is stored, by one launch"
 
 
 @pytest.mark.parametrize("op", tiles.OPS)
@@ -55,30 +68,60 @@ def test_other_tiles(op, which):
     if which >= min(map(len, table.values())):
         pytest.skip("the table has no such tile")
     overrides = {(op, s, "bf16"): table[s][which] for s in shapes}
-    for name in (name for name in OPS if "ward" in name) if op == "fused" else (op,):
+    for name in (name for name in OPS if OP_OF.get(name.removeprefix("frozen ")) == op):
         with addresses() as found:
             results = calls(M, K, N, ranks, ps, overrides=overrides)[name]()
         for result in results:
             assert [seen.covered for seen in of(result, found)] == [True]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if op != "scatter"])
 @pytest.mark.parametrize("shape", [(MANY << 3, 40, 48), (300, MANY, 40), (300, 40, MANY)], ids=["M", "K", "N"])
 def test_past_two_billion_elements(op, shape):
     """Offsets are computed in 64 bits: the last program reaches exactly the last element."""
     with addresses(corners=MODULES) as found:
         results = calls(*shape, (16,), (0.1,))[op]()
-    for result in results:
+    # the last program makes a tile of the last sibling
+    for result in results[-1:] if "group" in op else results:
         assert max(seen.high for seen in of(result, found)) == result.numel() - 1
 
 
-@pytest.mark.parametrize("op", ["shrink", "outer", "shrink_outer", "forward", "backward", "frozen forward"])
+WIDE_ROWS = [op for op in OPS if "ward" in op] + ["shrink", "outer", "shrink_outer", "activate"]
+
+
+@pytest.mark.parametrize("op", WIDE_ROWS)
 def test_rows_far_apart(op):
     x = torch.empty_strided((67, 72), (1 << 29, 1), dtype=BF16, device="meta")
     with addresses() as found:
         calls(67, 72, 72, (16,), (0.1,), x=x)[op]()
     reads = [seen for launch in found for seen in launch if storage(seen.tensor) == storage(x)]
     assert reads and all((seen.low, seen.high) == (0, x.numel() - 1) for seen in reads)
+
+
+@pytest.mark.parametrize("padding", [-1, 4])
+def test_scatter_stores_the_columns_of_its_tokens_once(padding):
+    """A run longer than a program's step, the first and the last token, and numbers that are no token."""
+    R, V, far = 20, 50, 1 << 29
+    ids = torch.tensor([4] * 70 + [0, V - 1, 17, 17, -3, V, 1 << 40])[torch.randperm(77)]
+    D = torch.empty_strided((77, R), (far, 1), dtype=BF16, device="meta")
+    with addresses() as found:
+        dA = lora_embedding.scatter(ids, D, empty(2), V, padding, torch.float32)
+    (seen,) = of(dA, found)
+    stored = seen.counts.reshape(R, V)
+    tokens = {0, V - 1, 17} | ({4} if padding != 4 else set())
+    assert set(stored.sum(0).nonzero()[0]) == tokens and set(stored[:, sorted(tokens)].ravel()) == {1}
+    reads = [s for launch in found for s in launch if storage(s.tensor) == storage(D)]
+    assert sum(s.loads for s in reads) == R * (77 - 3 - (70 if padding == 4 else 0))
+
+
+def test_a_vocabulary_past_two_billion_elements():
+    ids, D = torch.tensor([(1 << 28) - 1]), empty(1, 20)
+    with addresses() as found:
+        dA = lora_embedding.scatter(ids, D, None, 1 << 28, -1, torch.float32)
+        H = lora_embedding.gather(ids, dA)
+    assert {seen.high for seen in of(dA, found)} == {dA.numel() - 1}
+    reads = [seen for seen in found[-1] if storage(seen.tensor) == storage(dA)]
+    assert H.shape == (1, 20) and reads[0].high == dA.numel() - 1
 
 
 @pytest.mark.parametrize("op", OPS)

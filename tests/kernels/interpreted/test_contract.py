@@ -83,7 +83,7 @@ def _poisoned_memory(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _no_call_left_to_torch(monkeypatch):
-    monkeypatch.setattr(lora_linear, "_failed", {})
+    monkeypatch.setattr(lora_linear.guarded, "failed", {})
     yield
     assert not lora_linear.failures()
 
@@ -222,7 +222,7 @@ def test_a_kernel_that_fails_falls_back_with_its_reason(provider, monkeypatch):
         raise RuntimeError("PTXAS error: planted")
 
     with monkeypatch.context() as planted:
-        planted.setattr(lora_linear, "_failed", {})
+        planted.setattr(lora_linear.guarded, "failed", {})
         planted.setattr(lora_linear, "run_forward", broken)
         planted.setattr(lora_linear, "run_backward", broken)
         with pytest.warns(RuntimeWarning, match="planted"):

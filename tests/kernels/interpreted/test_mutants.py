@@ -6,12 +6,26 @@ from typing import NamedTuple
 
 import pytest
 
-from peft_fast.backends.triton import lora_linear as backend
-from tests import numerics
+from peft_fast.backends.triton import lora_embedding, lora_group, lora_linear, lora_mlp
+from tests import cases_lora_embedding, cases_lora_group, cases_lora_mlp, numerics
 from tests.cases import Case
+from tests.inputs import Layer
 from tests.numerics import Provider
 
-SUBJECT = Case("mutated", lead=(67,), K=230, N=140, ranks=(16, 40), p=(0.3, 0.5), scaling=(2.0, 0.5), bias=True)
+LINEAR = Case("mutated", lead=(67,), K=230, N=140, ranks=(16, 40), p=(0.3, 0.5), scaling=(2.0, 0.5), bias=True)
+
+GROUP = cases_lora_group.Case(
+    "mutated_group",
+    (
+        Layer(N=140, ranks=(16,), p=(0.3,), bias=True),
+        Layer(N=60, ranks=(), p=(), scaling=()),
+        Layer(N=80, ranks=(8,), p=(0.5,), scaling=(0.5,)),
+    ),
+    lead=(35,),
+    K=70,
+)
+BLOCK = cases_lora_mlp.Case("mutated_block", "silu", gate=Layer(), lead=(35,), I=140, p=0.3)
+WORDS = cases_lora_embedding.Case("mutated_words", lead=(181,), V=4, ranks=(20,), padding_idx=3, scale=1.7)
 
 
 class Mutant(NamedTuple):
@@ -22,29 +36,86 @@ class Mutant(NamedTuple):
     new: str
     outputs: tuple[str, ...]
     plan: str = "accumulate"
+    subject: object = LINEAR
 
 
 MUTANTS = {
-    "none": Mutant("skinny", "acc", "acc", ()),
+    **{
+        f"none of {case.name}": Mutant("skinny", "acc", "acc", (), subject=case)
+        for case in (LINEAR, GROUP, BLOCK, WORDS)
+    },
+    "none of a fused group": Mutant("skinny", "acc", "acc", (), "fused", GROUP),
     "mask shifted by 8 columns": Mutant("device", "first // 8 +", "first // 8 + 1 +", ("y", "dx", "dA0")),
-    "no mask on dx": Mutant("device", "tl.where(keep, part * scales[i], 0.0)", "part * scales[i]", ("dx",)),
+    "no mask on dx": Mutant(
+        "device", "tl.where(keep, part * chosen(i, scales, PARTS), 0.0)", "part * chosen(i, scales, PARTS)", ("dx",)
+    ),
     "no 1/(1-p)": Mutant("device", "return 1 / (1 - p) if p < 1 else 0.0", "return 1.0", ("y", "dx", "dA0")),
     "scales of the first adapter": Mutant("device", "columns >= STARTS[i]", "columns >= STARTS[0]", ("y", "dx")),
     "last row of dx without the adapter": Mutant("device", "mask=(rows < M)[:", "mask=(rows < M - 1)[:", ("dx",)),
     "last column of x": Mutant("skinny", "(cols < K)[None, :], other", "(cols < K - 1)[None, :], other", ("y", "dA0")),
     "H and D accumulated in bf16": Mutant(
-        "skinny", "a.to(x.dtype), acc, input", "a.to(x.dtype), acc.to(x.dtype).to(tl.float32), input", ("dA1", "dB1")
+        "skinny", "a.to(dtype), acc, input", "a.to(dtype), acc.to(dtype).to(tl.float32), input", ("dA1", "dB1")
     ),
     "dA and dB accumulated in bf16": Mutant(
-        "skinny", "(d, x, acc, input", "(d, x, acc.to(x.dtype).to(tl.float32), input", ("dA1", "dB1")
+        "skinny", "to(d.dtype), acc, input", "to(d.dtype), acc.to(d.dtype).to(tl.float32), input", ("dA1", "dB1")
     ),
-    "H and dA with the seed of the first adapter": Mutant("skinny", "seed_ptr + owner", "seed_ptr", ("y", "dA1")),
+    "H and dA with the seed of the first adapter": Mutant("split", "seed_ptr + owner", "seed_ptr", ("y", "dA1")),
     "dx with the seed of the first adapter": Mutant("device", "seed_ptr + i", "seed_ptr", ("dx",)),
     "last partial sum": Mutant("split", "in range(parts)", "in range(parts - 1)", ("dA0", "dB0")),
-    "last step of K": Mutant("lora_linear", "range(0, K, BK)", "range(0, K - BK, BK)", ("y", "dx"), "fused"),
+    "last step of K": Mutant("gemm", "range(0, K, BK)", "range(0, K - BK, BK)", ("y", "dx"), "fused"),
     "bias forgotten": Mutant("lora_linear", "if BIAS:", "if False:", ("y",), "fused"),
-    "adapter forgotten": Mutant("lora_linear", "PARTS == 0", "PARTS >= 0", ("y", "dx"), "fused"),
+    "adapter forgotten": Mutant("device", "PARTS == 0", "PARTS >= 0", ("y", "dx"), "fused"),
+    "adapters of one mask": Mutant("device", "in range(PARTS)", "in range(1)", ("dx",)),
+    # of a group
+    "the first sibling's weight for all": Mutant(
+        "lora_group", "chosen(sibling, W_ptrs, SIBLINGS)", "W_ptrs[0]", ("y1", "y2"), "fused", GROUP
+    ),
+    "the first sibling's columns of H for all": Mutant(
+        "lora_group", "H_ptr + chosen(sibling, STARTS, SIBLINGS)", "H_ptr", ("y2",), "fused", GROUP
+    ),
+    "the first sibling's bias for all": Mutant("lora_group", " & (sibling == i)", "", ("y1", "y2"), "fused", GROUP),
+    "another sibling's tile": Mutant(
+        "lora_group", "block_n >= end, end", "block_n > end, end", ("y1",), "fused", GROUP
+    ),
+    "dx without the last sibling": Mutant(
+        "lora_group", "in range(SIBLINGS)", "in range(SIBLINGS - 1)", ("dx",), "fused", GROUP
+    ),
+    "dx with one sibling's mask": Mutant("device", "seed_ptr + i", "seed_ptr", ("dx",), "fused", GROUP),
+    "H and dA with one sibling's mask": Mutant(
+        "split", "seed_ptr + owner", "seed_ptr", ("y2", "d2_A0"), "accumulate", GROUP
+    ),
+    "one sibling's scale": Mutant(
+        "device", "columns >= STARTS[i]", "columns >= STARTS[0]", ("y0", "d0_A0", "d0_B0"), "accumulate", GROUP
+    ),
+    "columns of H a sibling further": Mutant(
+        "skinny", "rows[:, None] * H_sm", "rows[:, None] * R", ("d0_B0",), "accumulate", GROUP
+    ),
+    # of a block
+    "h without its mask": Mutant("lora_mlp", "h = tl.where(keep, h * scales[0], 0.0)", "h = h", ("y",), subject=BLOCK),
+    "dh without its mask": Mutant(
+        "lora_mlp", "dh = tl.where(keep, dh * scales[0], 0.0)", "dh = dh", ("dx", "dgate_A0", "dup_A0"), subject=BLOCK
+    ),
+    "the slope of another function": Mutant("lora_mlp", "s + y * (1 - s)", "s", ("dx", "dgate_A0"), subject=BLOCK),
+    "h without up": Mutant("lora_mlp", "        h *= tl.load(u_ptr", "        tl.load(u_ptr", ("y",), subject=BLOCK),
+    "last column of h": Mutant("lora_mlp", "(cols < N)[", "(cols < N - 1)[", ("y",), subject=BLOCK),
+    # of an embedding
+    "long runs cut": Mutant("lora_embedding", "at += BM", "at += M + BM", ("dA0",), subject=WORDS),
+    "dA in the order of tokens": Mutant("lora_embedding", "D_ptr + rows[", "D_ptr + places[", ("dA0",), subject=WORDS),
+    "a gradient for the padding": Mutant("lora_embedding", " & (token != padding)", "", ("dA0",), subject=WORDS),
+    "the adapter without its scale": Mutant("lora_embedding", "low *= tl.load", "tl.load", ("y",), subject=WORDS),
+    "dA without its scale": Mutant("lora_embedding", "acc *= tl.load", "tl.load", ("dA0",), subject=WORDS),
+    "last rank of an embedding": Mutant("lora_embedding", "ranks < R", "ranks < R - 1", ("y", "dA0"), subject=WORDS),
 }
+# where the backends look for their kernels
+PLACES = (
+    (lora_linear, "skinny", "skinny"),
+    (lora_linear, "gemm", "lora_linear"),
+    (lora_group, "skinny", "skinny"),
+    (lora_group, "group", "lora_group"),
+    (lora_mlp, "kernels", "lora_mlp"),
+    (lora_embedding, "skinny", "skinny"),
+    (lora_embedding, "kernels", "lora_embedding"),
+)
 
 
 @pytest.fixture
@@ -63,7 +134,7 @@ def mutate(root, tmp_path, monkeypatch):
         for name in [name for name in sys.modules if name.partition(".")[0] == "mutated"]:
             monkeypatch.delitem(sys.modules, name)
         importlib.invalidate_caches()
-        for accessor, name in (("skinny", "skinny"), ("gemm", "lora_linear")):
+        for backend, accessor, name in PLACES:
             module = importlib.import_module(f"mutated.{name}")
             monkeypatch.setattr(backend, accessor, lambda module=module: module)
 
@@ -74,9 +145,10 @@ def mutate(root, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_dies(name, mutate):
+def test_mutant_dies(name, mutate, monkeypatch):
+    monkeypatch.setattr(numerics, "MOST_DRAWS", 2)
     mutant = MUTANTS[name]
     mutate(mutant)
-    found = numerics.verdicts(Provider("triton", mutant.plan), SUBJECT, "bf16", False)
+    found = numerics.verdicts(Provider("triton", mutant.plan), mutant.subject, "bf16", False)
     rejected = set(numerics.failures(found))
     assert set(mutant.outputs) <= rejected and bool(mutant.outputs) == bool(rejected), rejected
