@@ -7,6 +7,8 @@
 | PEFT_FAST_PACK_MB | pack_mb | -1 | memory for prepacked frozen weights; 0 = never, -1 = what pays on the ISA |
 | PEFT_FAST_EXACT | exact | 0 | 1: adapters of a patched model are computed in their own dtype, as PEFT does |
 | PEFT_FAST_MIN_TOKENS | min_tokens | 128 | patched layers take a call from this many tokens on; fewer go to PEFT |
+| PEFT_FAST_GROUPS | groups | 1 | 0: layers that read one x, as q, k and v do, run one by one |
+| PEFT_FAST_BLOCKS | blocks | 1 | 0: the layers of an MLP block run one by one |
 | PEFT_FAST_DISABLE | disable | 0 | 1: patched models run PEFT's own forward |
 | PEFT_FAST_QUIET | quiet | 0 | 1: accelerate() and run print nothing |
 | PEFT_FAST_LIBRARY | library | | another build of the compiled operators than the package's own |
@@ -36,6 +38,8 @@ class Settings:
     pack_mb: int = -1
     exact: bool = False
     min_tokens: int = 128
+    groups: bool = True
+    blocks: bool = True
     disable: bool = False
     quiet: bool = False
     library: Path | None = None
@@ -90,6 +94,8 @@ def from_env(env: Mapping[str, str]) -> Settings:
         "pack_mb": lambda text: _int("PEFT_FAST_PACK_MB", text, "a number of MiB"),
         "min_tokens": lambda text: _int("PEFT_FAST_MIN_TOKENS", text, "a number of tokens"),
         "exact": lambda text: _bool("PEFT_FAST_EXACT", text),
+        "groups": lambda text: _bool("PEFT_FAST_GROUPS", text),
+        "blocks": lambda text: _bool("PEFT_FAST_BLOCKS", text),
         "disable": lambda text: _bool("PEFT_FAST_DISABLE", text),
         "quiet": lambda text: _bool("PEFT_FAST_QUIET", text),
         "library": Path,

@@ -1,252 +1,46 @@
-"""The guard before PEFT's lora.Linear.forward: vanilla layers run lora_linear, all others PEFT's own forward.
+"""The guard before PEFT's lora.Linear.forward: vanilla layers run our operators, all others PEFT's own forward.
 
-A refusal is a sentence for the user; the stock forward then gets the call as it came, so its result is PEFT's
-bit for bit. load() imports PEFT and must have run before anything else here is called.
+A refused call gets to the stock forward as it came, so its result is PEFT's bit for bit.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as nn_module
 
 from peft_fast import settings
-from peft_fast.ops import Adapter, lora_linear
-from peft_fast.ops.checks import FLOATS, MAX_RANK
-from peft_fast.ops.dropout import native_mask
-from peft_fast.patch import ledger
-
-# True in the __dict__ of every base layer of an accelerated model: a plain value, so it pickles anywhere
-MARK = "_peft_fast"
-DEVICES = ("cpu", "cuda")
-NARROW = (torch.bfloat16, torch.float16)
-
-# PEFT's lora.Linear, transformers' Conv1D, and the forward PEFT gave Linear
-Linear = Conv1D = stock_forward = None
+from peft_fast.ops import lora_linear
+from peft_fast.patch import groups, ledger, plan
+from peft_fast.patch.marks import wanted
 
 
 def load() -> None:
-    """Imports PEFT and remembers its forward, once."""
-    global Linear, Conv1D, stock_forward
-    if stock_forward is None:
-        from peft.tuners.lora import layer
-
-        Linear, Conv1D, stock_forward = layer.Linear, layer.Conv1D, layer.Linear.forward
-        functools.update_wrapper(forward, stock_forward)
-
-
-class State:
-    """Whom the guard serves. Not context variables: torch.compile guards on these attributes, and a
-    checkpoint that is recomputed in an autograd thread must see what its forward saw."""
-
-    def __init__(self) -> None:
-        self.off = False  # disable(): nobody, even if another library's wrapper keeps calling the guard
-        self.everywhere = False  # enable(): every layer; else only those whose base layer is marked
-        self.paused = 0  # depth of `with disabled()`
-
-
-state = State()
-
-
-class Plan(NamedTuple):
-    """A layer as lora_linear takes it."""
-
-    W: Tensor
-    bias: Tensor | None
-    adapters: list[Adapter]
-    transposed: bool
-
-
-def wanted(layer: nn.Module) -> bool:
-    """Did anybody ask for this layer to be fast?"""
-    if state.everywhere or state.off:
-        return not state.off
-    return marked(layer)
-
-
-def marked(layer: nn.Module) -> bool:
-    """Does the innermost layer that this one adapts carry the mark of an accelerated model?"""
-    base = layer._modules.get("base_layer")
-    while base is not None and "base_layer" in base._modules:  # a tuner layer around another one
-        base = base._modules["base_layer"]
-    return base is not None and MARK in base.__dict__
+    """Imports PEFT; must have run before the guard is called."""
+    plan.load()
+    functools.update_wrapper(forward, plan.stock_linear)
 
 
 def forward(self, x, *args, **kwargs):
     """x (..., K) -> y (..., N): the forward that accelerate() puts on PEFT's lora.Linear."""
     if not wanted(self):
-        return stock_forward(self, x, *args, **kwargs)
-    plan = refuse_call(args, kwargs) or plan_of(self)
-    reason = plan if type(plan) is str else refuse_input(self, x, plan)
+        return plan.stock_linear(self, x, *args, **kwargs)
+    compiling = torch.compiler.is_compiling()
+    # compiled code sees all layers at once: it needs nobody to remember what one of them computed for another
+    grouped = not compiling and settings.get().groups
+    layer = plan.refuse_call(args, kwargs) or plan.plan_of(self)
+    if grouped and type(layer) is not str and (y := groups.take(self, x, layer)) is not None:
+        ledger.count(self, None)
+        return y
+    reason = layer if type(layer) is str else plan.refuse_input(self, x, layer)
     if reason:
-        if not torch.compiler.is_compiling():
+        if not compiling:
             ledger.count(self, reason)
-        return stock_forward(self, x, *args, **kwargs)
-    W, bias, adapters, transposed = plan
-    y = lora_linear(x, W, bias, adapters, transposed=transposed, exact=settings.get().exact)
-    if not torch.compiler.is_compiling():
+        return plan.stock_linear(self, x, *args, **kwargs)
+    y = groups.run(self, x, layer) if grouped else None
+    if y is None:
+        W, bias, adapters, transposed = layer
+        y = lora_linear(x, W, bias, adapters, transposed=transposed, exact=settings.get().exact)
+    if not compiling:
         ledger.count(self, None)
     return y
-
-
-def refuse_call(args: tuple, kwargs: dict) -> str:
-    """Why this call is PEFT's whatever the layer; empty if it is not."""
-    if args or kwargs:
-        if kwargs.get("adapter_names") is not None:
-            return "adapter_names was given: several adapters in one batch"
-        return "extra arguments reached the layer"
-    if state.paused:
-        return "inside `with peft_fast.disabled()`"
-    if settings.get().disable:
-        return "PEFT_FAST_DISABLE is set"
-    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
-        return "the model is being traced or exported"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is on"
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "a torch.func transform is on"
-    return ""
-
-
-def plan_of(layer: nn.Module) -> Plan | str:
-    """A PEFT layer -> what lora_linear needs to run it, or why PEFT keeps it."""
-    if type(layer) is not Linear:
-        return f"{type(layer).__name__} is not PEFT's plain lora.Linear"
-    if layer._disable_adapters:
-        return "the adapters are disabled"
-    if layer.merged_adapters:
-        return "the adapter is merged into the base weight"
-    modules = layer._modules
-    base = modules["base_layer"]
-    kind = type(base)
-    if kind is not nn.Linear and kind is not Conv1D:
-        return f"the base layer is a {kind.__name__}, not nn.Linear or Conv1D"
-    if _hooked(base):
-        return "hooks or a replaced forward on the base layer"
-    if base.__dict__.get("_hf_tp_plan") is not None:
-        return "the layer is tensor parallel"
-    W, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if not _plain(W) or not (bias is None or _plain(bias)):
-        return "the base weight is not a plain dense tensor (quantized, sharded, parametrized)"
-    if _hooks_everywhere():
-        return "hooks registered for all modules"
-    if bias is not None and bias.dtype is not W.dtype:
-        return "the base weight and its bias have different dtypes"
-    device = W.device
-    if device.type not in DEVICES:
-        return f"the base weight is on {device.type}"
-    adapters = []
-    loras_A, loras_B = modules["lora_A"]._modules, modules["lora_B"]._modules
-    dropouts = modules["lora_dropout"]._modules
-    for name in layer.active_adapters:
-        if name not in loras_A:
-            continue
-        if name in layer.lora_variant:
-            return f"{type(layer.lora_variant[name]).__name__} keeps PEFT's forward"
-        adapter = _adapter(loras_A[name], loras_B[name], dropouts[name], layer.scaling[name])
-        if type(adapter) is str:
-            return adapter
-        if adapter.A.device != device or adapter.B.device != device:
-            return "adapter and base weight are on different devices"
-        if adapters and adapter.A.dtype is not adapters[0].A.dtype:
-            return "active adapters have different dtypes"
-        adapters.append(adapter)
-    if not adapters:
-        return "no active adapter in this layer"
-    return Plan(W, bias, adapters, kind is Conv1D)
-
-
-def _adapter(lora_A, lora_B, dropout, scaling) -> Adapter | str:
-    """One adapter's modules -> Adapter, or why PEFT keeps it."""
-    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
-        return "lora_A or lora_B is not a plain nn.Linear"
-    if _hooked(lora_A) or _hooked(lora_B) or _hooked(dropout):
-        return "hooks or a replaced forward on lora_A, lora_B or lora_dropout"
-    A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
-    bias = lora_B._parameters.get("bias")
-    if not _plain(A) or not _plain(B) or not (bias is None or _plain(bias)):
-        return "adapter weights are not plain dense tensors (sharded, parametrized)"
-    if lora_A._parameters.get("bias") is not None:
-        return "lora_A has a bias"
-    if A.dtype is not B.dtype or not (bias is None or bias.dtype is A.dtype):
-        return "lora_A and lora_B have different dtypes"
-    if A.shape[0] > MAX_RANK:
-        return f"the rank is above {MAX_RANK}"
-    if type(dropout) is nn.Dropout:
-        p = dropout.p if dropout.training else 0.0
-        if p >= 1 or dropout.inplace:
-            return "dropout with p = 1 or in place"
-    elif type(dropout) is nn.Identity:
-        p = 0.0
-    else:
-        return f"lora_dropout is a {type(dropout).__name__}, not nn.Dropout"
-    if type(scaling) is not float and not _number(scaling):
-        return "the scaling is not a number or a 0-dimensional tensor without gradient"
-    return Adapter(A, B, scaling, p, bias)
-
-
-def refuse_input(layer: nn.Module, x: Tensor, plan: Plan) -> str:
-    """Why this input of a plannable layer is PEFT's: PEFT would raise, or mix dtypes in its own way."""
-    W, adapter = plan.W, plan.adapters[0]
-    if not _plain(x) or x.is_nested or x.dim() == 0:
-        return "the input is not a plain dense tensor"
-    if x.device != W.device:
-        return "input and base weight are on different devices"
-    if x.shape[-1] != W.shape[0 if plan.transposed else 1]:
-        return "the input's last dimension does not fit the base weight"
-    if plan.transposed and not x.is_contiguous():
-        return "Conv1D views its input, which is not contiguous"
-    if x.device.type == "cpu" and x.shape[:-1].numel() < settings.get().min_tokens:
-        return "few tokens (PEFT_FAST_MIN_TOKENS): reading the weight is all the time there is"
-    if any(a.p > 0 for a in plan.adapters) and not native_mask(x.device):
-        return "dropout, and no compiled kernel to draw its mask on this device"
-    given, base, low = x.dtype, W.dtype, adapter.A.dtype
-    if given not in FLOATS or base not in FLOATS or low not in FLOATS:
-        return "a dtype other than float64, float32, bfloat16 and float16"
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        cast = torch.get_autocast_dtype(device_type)
-        usual = (torch.float32, cast)
-        if cast not in NARROW or given not in usual or base not in usual or low not in usual:
-            return "autocast with dtypes other than float32 and its own"
-    elif given is not base:
-        return "input and base weight have different dtypes"
-    elif low is not given and (low is not torch.float32 or given not in NARROW):
-        return "adapters of lower precision than the base, or of float64 beside it"
-    if low is not given and not layer.cast_input_dtype_enabled:
-        return "PEFT's input cast is switched off"
-    return ""
-
-
-def _number(scaling: object) -> bool:
-    if isinstance(scaling, Tensor):  # prepare_model_for_compiled_hotswap makes it one
-        return scaling.dim() == 0 and not scaling.requires_grad and scaling.is_floating_point()
-    return isinstance(scaling, (float, int))
-
-
-def _plain(tensor: Tensor | None) -> bool:
-    kind = type(tensor)
-    return (kind is nn.Parameter or kind is Tensor) and tensor.layout is torch.strided
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _hooks_everywhere() -> bool:
-    return bool(
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    )

@@ -10,12 +10,11 @@ import inspect
 import textwrap
 
 from peft_fast.errors import UnsupportedError, fail
-from peft_fast.patch import guard
+from peft_fast.patch import embedding, guard, plan
 
-# fingerprint of what the guard replaces -> the PEFT releases that have it, each read line by line
+# fingerprint of what a guard replaces -> the PEFT releases that have it, each read line by line
 KNOWN = {"66a8ce4cd854a0ce": "0.19.0 and 0.19.1", "c9cecdc0a0d2ff89": "0.20.0 to 0.21.2"}
-
-REPLACED = "another library has replaced PEFT's lora.Linear.forward"
+KNOWN_EMBEDDING = {"de128fadd2f41a1f": "0.19.0 and 0.19.1", "8d9b761f1f5636e7": "0.20.0 to 0.21.2"}
 
 
 def require_peft() -> None:
@@ -44,33 +43,45 @@ def fingerprint(functions: tuple) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def replaced_functions() -> tuple:
-    """PEFT's Linear.forward and the small methods the guard reads past."""
+def replaced_functions(name: str = "Linear") -> tuple:
+    """A class's forward in PEFT, "Linear" or "Embedding", and the small methods its guard reads past."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     names = ("active_adapters", "active_adapter", "merged", "disable_adapters")
     small = [getattr(BaseTunerLayer, name).fget for name in names]
-    return guard.stock_forward, *small, BaseTunerLayer._cast_input_dtype
+    if name == "Linear":
+        return plan.stock_linear, *small, BaseTunerLayer._cast_input_dtype
+    return plan.stock_embedding, plan.Embedding._embed, *small, BaseTunerLayer._get_embed_scale
 
 
 @functools.cache
-def _judge() -> tuple[bool, str]:
-    functions = replaced_functions()
+def _judge(name: str) -> tuple[bool, str]:
+    functions = replaced_functions(name)
     if hasattr(functions[0], "__wrapped__"):
-        return False, REPLACED
+        return False, _replaced(name)
     try:
         source = fingerprint(functions)
     except (OSError, TypeError) as error:
-        return False, f"the source of PEFT's lora.Linear.forward cannot be read ({error})"
-    if source in KNOWN:
-        return True, f"PEFT {peft_version()} has the forward of {KNOWN[source]}"
-    return False, f"PEFT {peft_version()} has a lora.Linear.forward that peft_fast does not know ({source})"
+        return False, f"the source of PEFT's lora.{name}.forward cannot be read ({error})"
+    known = KNOWN if name == "Linear" else KNOWN_EMBEDDING
+    if source in known:
+        return True, f"PEFT {peft_version()} has the forward of {known[source]}"
+    return False, f"PEFT {peft_version()} has a lora.{name}.forward that peft_fast does not know ({source})"
 
 
-def forward_known() -> tuple[bool, str]:
+def _replaced(name: str) -> str:
+    return f"another library has replaced PEFT's lora.{name}.forward"
+
+
+def forward_known(name: str = "Linear") -> tuple[bool, str]:
     """(True, which one) if the installed PEFT's forward is known, else (False, why not); imports PEFT."""
     require_peft()
     guard.load()
-    if guard.Linear.forward not in (guard.stock_forward, guard.forward):
-        return False, REPLACED
-    return _judge()
+    embedding.load()
+    kind, stock, ours = {
+        "Linear": (plan.Linear, plan.stock_linear, guard.forward),
+        "Embedding": (plan.Embedding, plan.stock_embedding, embedding.forward),
+    }[name]
+    if kind.forward not in (stock, ours):
+        return False, _replaced(name)
+    return _judge(name)

@@ -12,15 +12,19 @@ from torch import nn
 class Tally:
     """Calls of one layer, or of the process: fast, and handed back by reason."""
 
-    __slots__ = ("fast", "handed_back")
+    __slots__ = ("blocks", "fast", "groups", "handed_back")
 
     def __init__(self) -> None:
         self.fast = 0
+        self.groups = 0  # runs of lora_group, each fast calls of its layers
+        self.blocks = 0  # runs of lora_mlp
         self.handed_back: collections.Counter[str] = collections.Counter()
 
     def add(self, other: Tally) -> None:
         """Adds another tally's calls to this one."""
         self.fast += other.fast
+        self.groups += other.groups
+        self.blocks += other.blocks
         self.handed_back.update(other.handed_back)
 
 
@@ -31,15 +35,32 @@ _layers: weakref.WeakKeyDictionary[nn.Module, Tally] = weakref.WeakKeyDictionary
 
 def count(layer: nn.Module, reason: str | None) -> None:
     """Books one call of ``layer``: fast if there is no reason."""
-    tally = _layers.get(layer)
-    if tally is None:
-        tally = _layers[layer] = Tally()
+    tally = _tally(layer)
     if reason is None:
         tally.fast += 1
         process.fast += 1
     else:
         tally.handed_back[reason] += 1
         process.handed_back[reason] += 1
+
+
+def count_group(leader: nn.Module) -> None:
+    """Books one run of a group for the layer that was called first."""
+    _tally(leader).groups += 1
+    process.groups += 1
+
+
+def count_block(block: nn.Module) -> None:
+    """Books one run of a block for its module."""
+    _tally(block).blocks += 1
+    process.blocks += 1
+
+
+def _tally(module: nn.Module) -> Tally:
+    tally = _layers.get(module)
+    if tally is None:
+        tally = _layers[module] = Tally()
+    return tally
 
 
 def total(layers: Iterable[nn.Module]) -> Tally:

@@ -9,8 +9,9 @@ from torch import nn
 
 from peft_fast import dispatch, settings
 from peft_fast.errors import UnsupportedError, fail
-from peft_fast.patch import guard, ledger
+from peft_fast.patch import blocks, embedding, groups, guard, ledger, plan
 from peft_fast.patch.known import forward_known
+from peft_fast.patch.marks import state, wanted
 
 SHOWN = 3  # layer names printed for one reason
 
@@ -25,11 +26,19 @@ class Report:
     handed_back: dict[str, int]  # reason -> calls given to PEFT's own forward
     plain: dict[str, str] = dataclasses.field(default_factory=dict)  # fast layer -> why no compiled kernel runs it
     failures: tuple[str, ...] = ()  # kernels that failed on this machine, whose calls torch runs
+    groups: tuple[tuple[str, ...], ...] = ()  # layers that read one x and run as one, found at run time
+    blocks: tuple[str, ...] = ()  # MLP blocks that run as one
+    not_blocks: dict[str, str] = dataclasses.field(default_factory=dict)  # module that may be a block -> why it is none
+    group_calls: int = 0
+    block_calls: int = 0
 
     def __str__(self) -> str:
         lines = []
         if layers := len(self.fast) + len(self.slow):
             lines.append(f"peft_fast: {len(self.fast)} of {layers} LoRA layers are fast")
+        if self.groups or self.blocks:
+            lines.append(f"  {len(self.groups)} groups of layers with one input, {len(self.blocks)} MLP blocks")
+        lines += _grouped("layer by layer", self.not_blocks)
         lines += _grouped("with PEFT", self.slow) + _grouped("by torch's own GEMMs", self.plain)
         lines += [f"  {failure}" for failure in self.failures]
         if self.fast_calls or self.handed_back or not lines:
@@ -40,7 +49,9 @@ class Report:
     def calls(self) -> str:
         """The calls in one line."""
         slow = sum(self.handed_back.values())
-        return f"peft_fast: {self.fast_calls:,} fast calls, {slow:,} handed back to PEFT"
+        together = f" ({self.group_calls:,} groups and {self.block_calls:,} blocks ran as one)"
+        together = together if self.group_calls or self.block_calls else ""
+        return f"peft_fast: {self.fast_calls:,} fast calls{together}, {slow:,} handed back to PEFT"
 
 
 def _grouped(what: str, reasons: dict[str, str]) -> list[str]:
@@ -74,7 +85,16 @@ def report(model: nn.Module | None = None) -> Report:
     """What is fast in ``model`` now, and its calls since accelerate(); without a model, the process's."""
     if model is None:
         failures = tuple(dispatch.failures())
-        return Report((), {}, ledger.process.fast, dict(ledger.process.handed_back), failures=failures)
+        calls = ledger.process
+        return Report(
+            (),
+            {},
+            calls.fast,
+            dict(calls.handed_back),
+            failures=failures,
+            group_calls=calls.groups,
+            block_calls=calls.blocks,
+        )
     layers = lora_layers(model)
     if not layers:
         fail(
@@ -84,7 +104,10 @@ def report(model: nn.Module | None = None) -> Report:
             "call get_peft_model(model, LoraConfig(...)) or model.add_adapter(...) first",
         )
     reasons = {name: why_slow(layer) for name, layer in layers.items()}
-    calls = ledger.total(layers.values())
+    names = {layer: name for name, layer in layers.items()}
+    mlps = blocks.reasons(model)
+    found = [tuple(names[m] for m in g.layers() if m in names) for g in groups.groups_of(names)]
+    calls = ledger.total(model.modules())
     plain = {name: why_plain(layers[name]) for name, reason in reasons.items() if not reason}
     return Report(
         tuple(plain),
@@ -93,15 +116,26 @@ def report(model: nn.Module | None = None) -> Report:
         dict(calls.handed_back),
         {name: reason for name, reason in plain.items() if reason},
         tuple(dispatch.failures()),
+        # siblings inside a block that runs are no group of their own any more
+        groups=tuple(g for g in found if g and mlps.get(g[0].rpartition(".")[0]) != ""),
+        blocks=tuple(name for name, reason in mlps.items() if not reason),
+        not_blocks={name: reason for name, reason in mlps.items() if reason},
+        group_calls=calls.groups,
+        block_calls=calls.blocks,
     )
 
 
 def why_plain(layer: nn.Module) -> str:
     """Why no compiled kernel would run a fast layer on inputs of its base's dtype; empty where one does."""
-    W, bias, adapters, _ = guard.plan_of(layer)
-    others = [t for t in (bias, *[t for a in adapters for t in (a.A, a.bias)]) if t is not None]
-    exact = settings.get().exact or dispatch.must_be_exact(W.dtype, [a.A for a in adapters])
-    choice = dispatch.pick(W, W.dtype, W, others, exact)
+    if type(layer) is plan.Embedding:
+        W, adapters, *_ = embedding.plan_of(layer)
+        tensors = [t for a in adapters for t in (a.A, a.B)]
+        choice = dispatch.pick(W, W.dtype, W, tensors, op="lora_embedding")
+    else:
+        W, bias, adapters, _ = plan.plan_of(layer)
+        others = [t for t in (bias, *[t for a in adapters for t in (a.A, a.bias)]) if t is not None]
+        exact = settings.get().exact or dispatch.must_be_exact(W.dtype, [a.A for a in adapters])
+        choice = dispatch.pick(W, W.dtype, W, others, exact)
     return choice.reason if choice.backend == "torch" else ""
 
 
@@ -110,15 +144,21 @@ def why_slow(layer: nn.Module) -> str:
     known, why = forward_known()
     if not known:
         return why
-    if guard.state.off:
+    if state.off:
         return "switched off for the whole process by peft_fast.disable()"
-    if type(layer).forward is not guard.forward:
-        if issubclass(type(layer), guard.Linear) and guard.Linear.forward is not guard.forward:
-            return "not asked for: call peft_fast.accelerate(model)"
+    if type(layer).forward is embedding.forward:
+        plan_of = embedding.plan_of
+    elif type(layer).forward is guard.forward:
+        plan_of = plan.plan_of
+    elif (name := type(layer).__name__) == "Embedding" and not forward_known(name)[0]:
+        return forward_known(name)[1]
+    elif issubclass(type(layer), (plan.Linear, plan.Embedding)) and plan.Linear.forward is not guard.forward:
+        return "not asked for: call peft_fast.accelerate(model)"
+    else:
         return f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__} has no fast path"
-    if not guard.wanted(layer):
+    if not wanted(layer):
         return "not asked for: call peft_fast.accelerate(model)"
     if settings.get().disable:
         return "PEFT_FAST_DISABLE is set"
-    plan = guard.plan_of(layer)
-    return plan if isinstance(plan, str) else ""
+    found = plan_of(layer)
+    return found if isinstance(found, str) else ""

@@ -1,8 +1,8 @@
-"""accelerate, restore, enable, disable, disabled: put the guard on PEFT's class, mark layers, and undo both.
+"""accelerate, restore, enable, disable, disabled: put guards on classes, mark layers, and undo both.
 
-The class attribute lora.Linear.forward is the one place of five tried that survives pickle, adapters added
-later, merging, hotswapping, DDP, FSDP2 and offload hooks. Whom it serves is a mark on the *base* layers:
-every later adapter wraps one of those, so it is served without anybody walking the model again.
+A class's attribute forward, of PEFT's lora.Linear and lora.Embedding and of MLP blocks, is the one place of five
+tried that survives pickle, adapters added later, merging, hotswapping, DDP, FSDP2 and offload hooks. Whom the guards
+serve is a mark on the *base* layers: every later adapter wraps one of those, so nobody has to walk the model again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch import nn
 
 from peft_fast import settings
 from peft_fast.errors import UnsupportedError, fail
-from peft_fast.patch import guard, ledger
+from peft_fast.patch import blocks, embedding, groups, guard, ledger, places, plan, steps
 from peft_fast.patch.known import forward_known, require_peft
+from peft_fast.patch.marks import MARK, marked, state
 from peft_fast.patch.summary import lora_layers, report
 
 _lock = threading.Lock()
@@ -45,8 +46,11 @@ def accelerate(model: nn.Module) -> nn.Module:
     if _known():
         _install()
         for module in model.modules():
-            if isinstance(module, (nn.Linear, guard.Conv1D)):
-                module.__dict__[guard.MARK] = True
+            if isinstance(module, (nn.Linear, nn.Embedding, plan.Conv1D)):
+                module.__dict__[MARK] = True
+            if isinstance(module, nn.Embedding):
+                embedding.note(type(module))
+        places.walk(model)
     if not settings.get().quiet and _first_rank():
         print(report(model))
     return model
@@ -59,9 +63,11 @@ def restore(model: nn.Module) -> nn.Module:
     """
     layers = lora_layers(model)
     for module in model.modules():
-        module.__dict__.pop(guard.MARK, None)
-    ledger.forget(layers.values())
-    if not guard.state.everywhere and not _in_use():
+        module.__dict__.pop(MARK, None)
+    ledger.forget(model.modules())
+    groups.forget(layers.values())
+    places.forget(model)
+    if not state.everywhere and not _in_use():
         _uninstall()
     return model
 
@@ -72,7 +78,7 @@ def enable() -> None:
     require_peft()
     if _known():
         _install()
-        guard.state.everywhere = True
+        state.everywhere = True
 
 
 def disable() -> None:
@@ -80,8 +86,8 @@ def disable() -> None:
 
     enable() or the next accelerate() switches on again, then also models that were accelerated before.
     """
-    guard.state.everywhere = False
-    guard.state.off = True
+    state.everywhere = False
+    state.off = True
     _uninstall()
 
 
@@ -92,12 +98,12 @@ def disabled() -> Iterator[None]:
     Keep a forward and its backward on the same side: checkpointing runs the forward again in backward.
     """
     with _lock:
-        guard.state.paused += 1
+        state.paused += 1
     try:
         yield
     finally:
         with _lock:
-            guard.state.paused -= 1
+            state.paused -= 1
 
 
 def _known() -> bool:
@@ -114,20 +120,29 @@ def _warn(why: str) -> None:
 
 
 def _install() -> None:
-    guard.Linear.forward = guard.forward
-    guard.state.off = False
+    plan.Linear.forward = guard.forward
+    if forward_known("Embedding")[0]:
+        plan.Embedding.forward = embedding.forward
+    blocks.install()
+    steps.install()
+    state.off = False
 
 
 def _uninstall() -> None:
-    # another library may have wrapped the guard since: then it stays, and passes everything on
-    if guard.Linear is not None and guard.Linear.forward is guard.forward:
-        guard.Linear.forward = guard.stock_forward
+    # another library may have wrapped a guard since: then it stays, and passes everything on
+    if plan.Linear is not None and plan.Linear.forward is guard.forward:
+        plan.Linear.forward = plan.stock_linear
+    if plan.Embedding is not None and plan.Embedding.forward is embedding.forward:
+        plan.Embedding.forward = plan.stock_embedding
+    blocks.uninstall()
+    steps.uninstall()
 
 
 def _in_use() -> bool:
     """Is a marked layer alive anywhere? Copies are marked but registered nowhere: only the collector knows them."""
     gc.collect()
-    return any(isinstance(o, guard.Linear) and guard.marked(o) for o in gc.get_objects())
+    kinds = plan.Linear, plan.Embedding
+    return any(issubclass(type(o), kinds) and marked(o) for o in gc.get_objects())
 
 
 def _first_rank() -> bool:

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from peft_fast import settings
+from peft_fast.patch import blocks, groups
+from tests.patch.test_training import TOKENS, llama
 from tests.patch.toys import K, N, assert_fast, both, conv1d, inputs, layers, toy
 
 CONFIGS = {
@@ -208,3 +210,23 @@ def test_result_owns_its_storage():
     assert y._base is None and y.is_contiguous() and y.shape == (2, 5, N)
     y += 1
     y.sum().backward()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_exact_reaches_groups_and_blocks(monkeypatch, exact):
+    """PEFT_FAST_EXACT is about every operator that the layers run by."""
+    asked = []
+    for module, op in ((groups, "lora_group"), (blocks, "lora_mlp")):
+        run = getattr(module, op)
+
+        def spy(*args, op=op, run=run, **options):
+            asked.append((op, options["exact"]))
+            return run(*args, **options)
+
+        monkeypatch.setattr(module, op, spy)
+    model = llama()
+    with settings.override(exact=exact):
+        for _ in range(3):
+            model(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+            torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    assert set(asked) == {("lora_group", exact), ("lora_mlp", exact)}

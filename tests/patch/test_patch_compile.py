@@ -6,6 +6,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import peft_fast
+from peft_fast import settings
+from tests.patch.test_blocks import mlp
+from tests.patch.test_groups import attention, learned
 from tests.patch.toys import assert_same, conv1d, inputs, layers, step, stock, toy
 
 
@@ -120,3 +123,42 @@ def test_accelerate_a_compiled_model():
     assert peft_fast.accelerate(fast) is fast
     fast(inputs())
     assert [PEFTS in graph for graph in graphs] == [False]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_blocks_in_one_graph(p):
+    model = mlp(lora_dropout=p)
+    expected = step(model, (inputs(),), {})
+    runs = peft_fast.report(model).block_calls
+    fast, counter = compiled(model)
+    for _ in range(3):
+        got = step(fast, (inputs(),), {})
+    assert_same(expected, {name.replace("_orig_mod.", ""): t for name, t in got.items()}, rtol=1e-5)
+    assert counter.frame_count == 1 and peft_fast.report(model).block_calls == runs == 1
+
+
+def test_switches_reach_compiled_blocks():
+    model = mlp()
+    fast, graphs = traced(model)
+    fast(inputs())
+    with settings.override(blocks=False):
+        fast(inputs())
+    with peft_fast.disabled():
+        fast(inputs())
+    fast(inputs())
+    peft_fast.restore(model)
+    fast(inputs())
+    assert [PEFTS in graph for graph in graphs] == [False, False, True, True]
+    assert ["silu" in graph for graph in graphs] == [False, True, True, True]
+
+
+def test_siblings_compile_whether_or_not_they_are_a_group():
+    """Compiled code has all layers before it, and no use for what one of them keeps for another."""
+    model = learned(attention(lora_dropout=0.1))
+    before = peft_fast.report(model).group_calls
+    fast, counter = compiled(model)
+    for _ in range(2):
+        fast(inputs()).sum().backward()
+    assert counter.frame_count == 1 and peft_fast.report(model).group_calls == before
+    model(inputs())
+    assert peft_fast.report(model).group_calls == before + 1

@@ -35,6 +35,8 @@ def test_a_backend_asked_for_by_name():
 
 def test_kernels_that_failed(monkeypatch):
     why = "a Triton kernel of lora_linear's forward failed and torch runs it instead (PTXASError: planted)"
-    monkeypatch.setattr(lora_linear, "_failed", {("lora_linear's forward", 16): why, ("lora_linear's forward", 8): why})
+    monkeypatch.setattr(
+        lora_linear.guarded, "failed", {("lora_linear's forward", 16): why, ("lora_linear's forward", 8): why}
+    )
     for report in (peft_fast.report(toy()), peft_fast.report()):
         assert report.failures == (why,) and f"  {why}" in str(report).splitlines()

@@ -15,7 +15,7 @@ from torch import nn
 import peft_fast
 from peft_fast import settings
 from peft_fast.errors import PeftFastError, UnsupportedError
-from peft_fast.patch import guard, known, ledger, switch
+from peft_fast.patch import guard, known, ledger, marks, plan, switch
 from tests.patch.toys import K, Toy, assert_fast, both, inputs, layers, toy
 
 
@@ -44,8 +44,8 @@ def test_accelerate_twice_and_restore_once():
     peft_fast.accelerate(peft_fast.accelerate(model))
     assert fast_now(model) == 2
     assert peft_fast.restore(model) is model
-    assert guard.Linear.forward is guard.stock_forward
-    assert not any(guard.MARK in m.__dict__ for m in model.modules())
+    assert plan.Linear.forward is plan.stock_linear
+    assert not any(marks.MARK in m.__dict__ for m in model.modules())
     assert peft_fast.report(model).fast_calls == 0
     peft_fast.restore(model)
     peft_fast.accelerate(model)
@@ -61,7 +61,7 @@ def test_only_the_accelerated_model_is_fast():
     peft_fast.restore(student)
     assert fast_now(student) == 0 and fast_now(teacher) == 2
     peft_fast.restore(teacher)
-    assert guard.Linear.forward is guard.stock_forward
+    assert plan.Linear.forward is plan.stock_linear
 
 
 def test_enable_and_disable_are_for_the_whole_process():
@@ -72,7 +72,7 @@ def test_enable_and_disable_are_for_the_whole_process():
     peft_fast.restore(marked)
     assert fast_now(marked) == 2
     peft_fast.disable()
-    assert guard.Linear.forward is guard.stock_forward
+    assert plan.Linear.forward is plan.stock_linear
     peft_fast.accelerate(marked)
     assert fast_now(model) == 0 and fast_now(marked) == 2
     peft_fast.disable()
@@ -109,7 +109,7 @@ def test_disabled_from_many_threads():
         thread.start()
     for thread in threads:
         thread.join()
-    assert guard.state.paused == 0 and fast_now(model) == 2
+    assert marks.state.paused == 0 and fast_now(model) == 2
 
 
 def test_peft_fast_disable_hands_everything_back():
@@ -178,14 +178,14 @@ def test_a_model_without_lora_is_refused_and_nothing_is_patched(make, given):
         lines = str(error.value).splitlines()
         assert [line.partition(":")[0] for line in lines] == ["given", "needed", "do"]
         assert given in lines[0]
-    assert guard.Linear.forward is guard.stock_forward
+    assert plan.Linear.forward is plan.stock_linear
     if isinstance(model, nn.Module):
         assert peft_fast.restore(model) is model
-        assert not any(guard.MARK in m.__dict__ for m in model.modules())
+        assert not any(marks.MARK in m.__dict__ for m in model.modules())
 
 
 def test_only_layers_without_fast_path_is_not_an_error(capsys):
-    model = get_peft_model(nn.Sequential(nn.Embedding(5, K)), LoraConfig(target_modules=["0"]))
+    model = get_peft_model(nn.Sequential(nn.Conv1d(5, K, 1)), LoraConfig(target_modules=["0"]))
     with settings.override(quiet=False):
         peft_fast.accelerate(model)
     assert "0 of 1 LoRA layers are fast" in capsys.readouterr().out
@@ -213,10 +213,10 @@ def test_unknown_peft_source_warns_once_and_touches_nothing(monkeypatch, judged_
         warnings.simplefilter("error")
         peft_fast.accelerate(model)
         peft_fast.enable()
-    assert guard.Linear.forward is guard.stock_forward
+    assert plan.Linear.forward is plan.stock_linear
     report = peft_fast.report(model)
     assert report.fast == () and all("does not know" in reason for reason in report.slow.values())
-    assert not any(guard.MARK in m.__dict__ for m in model.modules())
+    assert not any(marks.MARK in m.__dict__ for m in model.modules())
 
 
 def test_source_that_cannot_be_read(monkeypatch, judged_again):
@@ -239,21 +239,21 @@ def test_another_library_on_the_class_is_left_alone(judged_again):
 
         return theirs
 
-    guard.Linear.forward = theirs = wrap(guard.stock_forward)
+    plan.Linear.forward = theirs = wrap(plan.stock_linear)
     model = plain_peft()
     with pytest.warns(UserWarning, match="another library has replaced"):
         peft_fast.accelerate(model)
     model(inputs())
-    assert guard.Linear.forward is theirs and len(calls) == 2
-    guard.Linear.forward = guard.stock_forward
+    assert plan.Linear.forward is theirs and len(calls) == 2
+    plan.Linear.forward = plan.stock_linear
 
     peft_fast.accelerate(model)
-    guard.Linear.forward = theirs = wrap(guard.forward)
+    plan.Linear.forward = theirs = wrap(guard.forward)
     model(inputs())
     assert len(calls) == 4 and peft_fast.report(model).fast_calls == 2
     peft_fast.restore(model)
     model(inputs())
-    assert guard.Linear.forward is theirs and len(calls) == 6 and peft_fast.report(model).fast_calls == 0
+    assert plan.Linear.forward is theirs and len(calls) == 6 and peft_fast.report(model).fast_calls == 0
 
 
 def test_errors_without_peft(monkeypatch):
@@ -278,8 +278,8 @@ def test_stock_forward_is_what_tools_see():
     import inspect
 
     toy()
-    assert "lora_A_keys" in inspect.getsource(guard.Linear.forward)
-    assert inspect.signature(guard.Linear.forward) == inspect.signature(guard.stock_forward)
+    assert "lora_A_keys" in inspect.getsource(plan.Linear.forward)
+    assert inspect.signature(plan.Linear.forward) == inspect.signature(plan.stock_linear)
     assert len(layers(toy())) == 2
 
 
@@ -290,8 +290,8 @@ def test_a_wrong_variable_raises_before_anything_is_patched(monkeypatch):
     for switch_on in (lambda: peft_fast.accelerate(model), peft_fast.enable):
         with pytest.raises(PeftFastError, match="PEFT_FAST_QUIET"):
             switch_on()
-        assert guard.Linear.forward is guard.stock_forward
-        assert not any(guard.MARK in m.__dict__ for m in model.modules())
+        assert plan.Linear.forward is plan.stock_linear
+        assert not any(marks.MARK in m.__dict__ for m in model.modules())
 
 
 def test_restore_leaves_a_copy_fast_that_was_never_called():
@@ -312,7 +312,7 @@ def test_few_tokens_are_handed_back():
 
 def test_dropout_without_the_compiled_mask_is_handed_back(monkeypatch):
     model = toy(lora_dropout=0.5).train()
-    monkeypatch.setattr(guard, "native_mask", lambda device: False)
+    monkeypatch.setattr(plan, "native_mask", lambda device: False)
     before = peft_fast.fast_calls()
     model(inputs())
     assert peft_fast.fast_calls() == before
@@ -325,4 +325,4 @@ def test_a_lora_layer_around_another_tuner_is_marked():
     inner = layers(model)[0]
     outer = nn.Module()
     outer.base_layer = inner
-    assert guard.marked(outer)
+    assert marks.marked(outer)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peft_fast
-from peft_fast.patch import guard, ledger
+from peft_fast.patch import guard, ledger, marks, plan, switch
 
 K, N = 32, 48
 
@@ -43,9 +43,16 @@ def toy(layer=nn.Linear, base_dtype=torch.float32, targets=("up", "down"), seed=
     return peft_fast.accelerate(model)
 
 
+def adapt(make, targets, **config):
+    """An accelerated PEFT model around what ``make()`` gives, with adapters that are not zero."""
+    torch.manual_seed(0)
+    config = {"r": 4, "init_lora_weights": False, "target_modules": targets, **config}
+    return peft_fast.accelerate(get_peft_model(make(), LoraConfig(**config)))
+
+
 def layers(model):
     """The plain lora.Linear layers of a model."""
-    return [m for m in model.modules() if isinstance(m, guard.Linear)]
+    return [m for m in model.modules() if isinstance(m, plan.Linear)]
 
 
 def inputs(*shape, dtype=torch.float32, seed=1):
@@ -56,13 +63,16 @@ def inputs(*shape, dtype=torch.float32, seed=1):
 
 @contextlib.contextmanager
 def stock():
-    """PEFT as it is without the package: the guard is off the class, nothing is asked or counted."""
-    before = guard.Linear.forward
-    guard.Linear.forward = guard.stock_forward
+    """PEFT as it is without the package: no guard on any class, nothing is asked or counted."""
+    on = plan.Linear.forward is guard.forward
+    off = marks.state.off
+    switch._uninstall()
     try:
         yield
     finally:
-        guard.Linear.forward = before
+        if on:
+            switch._install()
+            marks.state.off = off
 
 
 def tensor_of(output):
