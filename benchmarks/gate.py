@@ -1,8 +1,8 @@
-"""Is a LoRA layer right? y, dx, dA, dB of any PEFT layer against float64, with the dropout mask it drew."""
+"""Is a LoRA layer right, or an op over several? y, dx, dA, dB against float64, with the dropout masks that it drew."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,76 +11,142 @@ from torch import Tensor, nn
 
 from .criterion import Verdict, check
 
-NAMES = ("y", "dx", "dA", "dB")
 ENOUGH = 2048  # elements: the rms of fewer roundings is known too badly, so more inputs are drawn
 MOST_DRAWS = 64
 MOST_TOKENS = 512  # that float64 judges, the first and the last: it takes a GPU up to 64 times as long as what is timed
 
 
 class Weights(NamedTuple):
-    """W (N,K), bias (N,) or None, A (r,K), B (N,r): detached, rounded to the activations' dtype."""
+    """W (N,K), bias (N,) or None, A (r,K), B (N,r), or None without an adapter: detached, in one dtype."""
 
     W: Tensor
     bias: Tensor | None
-    A: Tensor
-    B: Tensor
+    A: Tensor | None
+    B: Tensor | None
     scaling: float
     p: float
 
 
+Formula = Callable[[Tensor, list[Weights], list[Tensor | None]], Sequence[Tensor]]
+Mask = Callable[[Tensor, float], Tensor]
+Masks = Callable[[list[Tensor], list[float]], list[Tensor | None]]
+
+
 def weights(layer: nn.Module, dtype: torch.dtype) -> Weights:
-    """The tensors of a PEFT LoRA layer with one adapter, on nn.Linear or Conv1D."""
+    """The tensors of nn.Linear or Conv1D, or of a PEFT LoRA layer with one adapter on them, A and B in `dtype`."""
+    base = getattr(layer, "base_layer", layer)
+    W = base.weight.detach()
+    W = W if isinstance(base, nn.Linear) else W.T
+    bias = getattr(base, "bias", None)
+    bias = None if bias is None else bias.detach()
+    if base is layer:
+        return Weights(W, bias, None, None, 0.0, 0.0)
     (name,) = layer.active_adapters
-    W = layer.base_layer.weight.detach()
-    W = W if isinstance(layer.base_layer, nn.Linear) else W.T
-    bias = getattr(layer.base_layer, "bias", None)
     drop = layer.lora_dropout[name]
     p = drop.p if isinstance(drop, nn.Dropout) and layer.training else 0.0
-    A, B = (lora[name].weight.detach().to(dtype) for lora in (layer.lora_A, layer.lora_B))
-    return Weights(W, None if bias is None else bias.detach(), A, B, float(layer.scaling[name]), p)
+    A, B = (t.detach().to(dtype) for t in adapter(layer))
+    return Weights(W, bias, A, B, float(layer.scaling[name]), p)
+
+
+def adapter(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """A (r,K) and B (N,r) of a PEFT LoRA layer with one adapter, the parameters themselves."""
+    (name,) = layer.active_adapters
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
 
 
 def check_layer(
     layer: nn.Module,
     x: Tensor,
     g: Tensor,
-    mask: Callable[[Tensor, float], Tensor],
+    mask: Mask,
     run: Callable[[Tensor], Tensor] | None = None,
     fast: bool = False,
 ) -> dict[str, Verdict]:
     """x (M,K), g (M,N) -> verdict per output; `mask(x, p)` is the keep-mask drawn from the generator's state.
 
-    `run` replaces the layer's own forward (a peer that only borrows the layer's tensors). The verdict "path"
-    refuses an accelerated layer that ran PEFT's forward, and a stock layer that ran peft_fast's arithmetic.
-    The layer runs on all tokens. Past MOST_TOKENS, y and dx are judged on so many, half of them the first and half the
+    `run` replaces the layer's own forward (a peer that only borrows the layer's tensors).
+    """
+    return check_op([layer], one_layer, run or layer, x, [g], each(mask), fast)
+
+
+def check_op(
+    layers: Sequence[nn.Module],
+    formula: Formula,
+    run: Callable[[Tensor], Tensor | Sequence[Tensor]],
+    x: Tensor,
+    gs: Sequence[Tensor],
+    masks: Masks,
+    fast: bool = False,
+) -> dict[str, Verdict]:
+    """x (M,K) and what `run` makes of it with the tensors of `layers`, gs its gradients (M,N) -> verdict per output.
+
+    `formula` is PEFT's own sequence of calls on the same tensors; `masks` gives the keep-mask of each layer's input.
+    The verdict "path" refuses one of ours that ran PEFT's forward, and a stock one that ran peft_fast's arithmetic.
+    Everything runs on all tokens. Past MOST_TOKENS, y and dx are judged on so many, half of them the first and half the
     last, and g is zero on the others, so that dA and dB are sums over all tokens with the terms of these; what many
     terms do to a sum is the numeric contract's subject.
     """
     from peft_fast.ops import fast_calls
 
-    w = weights(layer, x.dtype)
-    exact = Weights(*(v.double() if isinstance(v, Tensor) else v for v in w))
+    ws = [weights(layer, x.dtype) for layer in layers]
+    exact = [Weights(*(v.double() if isinstance(v, Tensor) else v for v in w)) for w in ws]
+    leaves = [t for layer, w in zip(layers, ws, strict=True) if w.A is not None for t in adapter(layer)]
     found, before = [], fast_calls()
     few = _judged(x)
-    draws = -(-ENOUGH // min(x.numel(), g.numel(), w.A.numel(), w.B.numel()))
+    draws = -(-ENOUGH // min(t.numel() for t in (x, *gs, *leaves)))
     for draw in range(min(draws, MOST_DRAWS)):
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             if draw:
-                x, g = torch.randn_like(x), torch.randn_like(g)
-            g = _zero_but(g, few)
+                x, gs = torch.randn_like(x), [torch.randn_like(g) for g in gs]
+            gs = [_zero_but(g, few) for g in gs]
             torch.manual_seed(draw)
-            keep = mask(x, w.p) if w.p else None
+            keeps = masks([_like_input(x, w) for w in ws], [w.p for w in ws])
             torch.manual_seed(draw)
-            y, dx, dA, dB = _results(layer, run or layer, x, g)
-        x0, g0, keep = x[few], g[few], None if keep is None else keep[few]
-        wide = x0.double(), g0.double()
-        found.append(((y[few], dx[few], dA, dB), _formula(w, x0, g0, keep), _formula(exact, *wide, keep)))
-    path = _path(fast, fast_calls() > before)
-    checks = {}
-    for i, name in enumerate(NAMES):
+            ours = _results(run, x, leaves, gs)
+        x0, gs0 = x[few], [g[few] for g in gs]
+        keeps = [None if keep is None else keep[few] for keep in keeps]
+        stock = _formula(formula, ws, x0, gs0, keeps)
+        truth = _formula(formula, exact, x0.double(), [g.double() for g in gs0], keeps)
+        n = len(gs) + 1  # y of each layer, and dx: of few rows; then sums over rows
+        found.append(([t[few] for t in ours[:n]] + ours[n:], stock, truth))
+    names = _names(ws, len(gs))
+    verdicts = {}
+    for i, name in enumerate(names):
         o, s, t = (torch.cat([draw[kind][i].flatten() for draw in found]) for kind in range(3))
-        checks[name] = check(o, s, t, dtype=x.dtype)
-    return {**checks, "path": path}
+        verdicts[name] = check(o, s, t, dtype=x.dtype)
+    return {**verdicts, "path": path(fast, fast_calls() > before)}
+
+
+def one_layer(x: Tensor, ws: list[Weights], keeps: list[Tensor | None]) -> list[Tensor]:
+    """The formula of a single LoRA layer."""
+    return [lora(x, ws[0], keeps[0])]
+
+
+def lora(x: Tensor, w: Weights, keep: Tensor | None) -> Tensor:
+    """PEFT's own sequence of calls for one layer, in the dtype of its arguments."""
+    y = F.linear(x, w.W, w.bias)
+    if w.A is None:
+        return y
+    if keep is None:
+        dropped = x
+    elif x.is_cuda:  # as torch's dropout does it there: scaled in float32, rounded once
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        dropped = (wide * keep * (1 / (1 - w.p))).to(x.dtype)
+    else:  # and on the CPU: the scaled mask is rounded to the dtype, then multiplied
+        dropped = x * keep.to(x.dtype).div(1 - w.p)
+    return y + F.linear(F.linear(dropped, w.A), w.B) * w.scaling
+
+
+def _names(ws: list[Weights], outputs: int) -> list[str]:
+    """y, dx, dA, dB; of several layers y0, y1, …"""
+    adapted = [i for i, w in enumerate(ws) if w.A is not None]
+    number = [str(i) if len(ws) > 1 else "" for i in range(max(len(ws), outputs))]
+    return [*(f"y{number[i]}" for i in range(outputs)), "dx", *(f"d{t}{number[i]}" for i in adapted for t in "AB")]
+
+
+def _like_input(x: Tensor, w: Weights) -> Tensor:
+    """What a layer is given: of x's rows, as wide as W."""
+    return x.new_empty(()).expand(x.shape[0], w.W.shape[1])
 
 
 def _judged(x: Tensor) -> Tensor | slice:
@@ -98,33 +164,37 @@ def _zero_but(g: Tensor, few: Tensor | slice) -> Tensor:
     return out
 
 
-def _results(layer: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    (name,) = layer.active_adapters
-    leaves = x.detach().clone().requires_grad_(), layer.lora_A[name].weight, layer.lora_B[name].weight
-    y = run(leaves[0])
-    return (y.detach(), *torch.autograd.grad(y, leaves, g))
+def _results(run: Callable, x: Tensor, leaves: list[Tensor], gs: Sequence[Tensor]) -> list[Tensor]:
+    """y of each output, dx, dA, dB, …"""
+    x = x.detach().clone().requires_grad_()
+    ys = run(x)
+    ys = [ys] if isinstance(ys, Tensor) else list(ys)
+    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, [x, *leaves], gs)]
 
 
-def _path(wanted: bool, fast: bool) -> Verdict:
+def path(wanted: bool, fast: bool) -> Verdict:
+    """Did the arithmetic run that the provider is named after?"""
     ran = "peft_fast's own arithmetic" if fast else "PEFT's forward"
     return Verdict(wanted == fast, f"the layer ran {ran}, so its time would be another provider's")
 
 
-def _formula(w: Weights, x: Tensor, g: Tensor, keep: Tensor | None) -> tuple[Tensor, ...]:
-    """PEFT's own sequence of calls, in the dtype of its arguments -> y, dx, dA, dB."""
-    x, A, B = (t.detach().requires_grad_() for t in (x, w.A, w.B))
-    if keep is None:
-        dropped = x
-    elif x.is_cuda:  # as torch's dropout does it there: scaled in float32, rounded once
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        dropped = (wide * keep * (1 / (1 - w.p))).to(x.dtype)
-    else:  # and on the CPU: the scaled mask is rounded to the dtype, then multiplied
-        dropped = x * keep.to(x.dtype).div(1 - w.p)
-    y = F.linear(x, w.W, w.bias) + F.linear(F.linear(dropped, A), B) * w.scaling
-    return (y.detach(), *torch.autograd.grad(y, (x, A, B), g))
+def _formula(formula: Formula, ws: list[Weights], x: Tensor, gs: list[Tensor], keeps: list) -> list[Tensor]:
+    """The formula's y, dx, dA, dB, in the order of _results."""
+    ws = [w._replace(A=_leaf(w.A), B=_leaf(w.B)) if w.A is not None else w for w in ws]
+    leaves = [t for w in ws if w.A is not None for t in (w.A, w.B)]
+    return _results(lambda x: formula(x, ws, keeps), x, leaves, gs)
 
 
-def torch_mask(dtype: torch.dtype) -> Callable[[Tensor, float], Tensor]:
+def _leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_()
+
+
+def each(mask: Mask) -> Masks:
+    """Masks drawn one layer after another."""
+    return lambda inputs, ps: [mask(x, p) if p else None for x, p in zip(inputs, ps, strict=True)]
+
+
+def torch_mask(dtype: torch.dtype) -> Mask:
     """The mask nn.Dropout draws for a (M,K) input of `dtype`."""
     return lambda x, p: F.dropout(torch.ones_like(x, dtype=dtype), p, training=True) != 0
 
@@ -134,3 +204,14 @@ def our_mask(x: Tensor, p: float) -> Tensor:
     from peft_fast.ops import draw_seed, dropout_mask
 
     return dropout_mask(draw_seed(1, x.device)[0], *x.shape, p)
+
+
+def our_masks(inputs: list[Tensor], ps: list[float]) -> list[Tensor | None]:
+    """The masks that one op of ours draws for all its layers at once."""
+    from peft_fast.ops import draw_seed, dropout_mask
+
+    if not any(ps):
+        return [None] * len(ps)
+    seeds = draw_seed(len(ps), inputs[0].device)
+    drawn = zip(seeds, inputs, ps, strict=True)
+    return [dropout_mask(seed, *x.shape, p) if p else None for seed, x, p in drawn]

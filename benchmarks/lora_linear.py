@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_fast.errors import SettingsError
 
@@ -123,7 +124,7 @@ def providers(
     rows += [
         _plan(backend, plan, layer, x, g)
         for backend, plan in plans
-        if _takes(backend, plan, layer := lora_layer(base, r, p, fp32=name != "fp16"), x)
+        if takes(backend, plan, base.weight, gate.adapter(layer := lora_layer(base, r, p, fp32=name != "fp16")), x)
     ]
     if others:
         rows += [_peer(peer, lora_layer(base, r, p, fp32=False), x, g) for peer in peers.found(p)]
@@ -137,18 +138,23 @@ def alone(rows: list[Provider]) -> list[Provider]:
 
 def lora_layer(base: nn.Linear, r: int, p: float, fp32: bool, fast: bool = False) -> nn.Module:
     """A PEFT lora.Linear around `base`; `fp32`, PEFT's default: adapters in float32 whatever the base is."""
+    box = nn.Module()
+    box.proj = base
+    return adapted(box, ["proj"], r, p, fp32, fast).proj
+
+
+def adapted(net: nn.Module, names: list[str], r: int, p: float, fp32: bool, fast: bool = False) -> nn.Module:
+    """A copy of `net` around the same frozen weights, with PEFT's LoRA on the layers of these names."""
     from peft import LoraConfig, get_peft_model
 
-    box = nn.Module()
-    # a module of its own around the same weight: accelerate() marks modules
-    box.proj = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    box.proj.weight = base.weight
-    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=["proj"])
+    # modules of its own: accelerate() marks modules
+    box = copy.deepcopy(net, {id(w): w for w in net.parameters()})
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=names)
     model = get_peft_model(box, config, autocast_adapter_dtype=fp32)
     draw_adapters(model)
     if fast:
         accelerate(model)
-    return model.base_model.model.proj
+    return model.base_model.model
 
 
 def draw_adapters(model: nn.Module, seed: int = 1) -> None:
@@ -170,7 +176,8 @@ def accelerate(model: nn.Module) -> None:
         peft_fast.accelerate(model)
 
 
-def _provider(name, run, x, g, kept, leaves, verdicts=None) -> Provider:
+def provider(name, run, x, g, kept, leaves, verdicts=None) -> Provider:
+    """run(x) and its backward with g, a tensor or one for each result; `leaves` take gradients, x is one of them."""
     state = {}
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
 
@@ -181,7 +188,7 @@ def _provider(name, run, x, g, kept, leaves, verdicts=None) -> Provider:
         if x.is_cuda:  # nothing that waits for the host between the kernels
             torch.autograd.grad(state.pop("y"), wanted, g)
         else:
-            state.pop("y").backward(g)
+            torch.autograd.backward(state.pop("y"), g)
 
     def reset() -> None:
         for leaf in leaves:
@@ -191,21 +198,21 @@ def _provider(name, run, x, g, kept, leaves, verdicts=None) -> Provider:
 
 
 def _plain(name, layer, x, g) -> Provider:
-    return _provider(name, layer, x, g, [layer.weight], [x, layer.weight])
+    return provider(name, layer, x, g, [layer.weight], [x, layer.weight])
 
 
 def _lora(name, layer, x, g, mask, run=None, fast=False) -> Provider:
     verdicts = partial(gate.check_layer, layer, x, g, mask, run, fast)
-    return _provider(name, run or layer, x, g, list(layer.parameters()), [x, *layer.parameters()], verdicts)
+    return provider(name, run or layer, x, g, list(layer.parameters()), [x, *layer.parameters()], verdicts)
 
 
 def _stock(name, layer, x, g) -> Provider:
-    dtype = layer.lora_A["default"].weight.dtype
-    return _lora(name, layer, x, g, gate.torch_mask(dtype))
+    A, _ = gate.adapter(layer)
+    return _lora(name, layer, x, g, gate.torch_mask(A.dtype))
 
 
 def _addmm(name, layer, x, g) -> Provider:
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    A, B = gate.adapter(layer)
     w = gate.weights(layer, x.dtype)
     return _lora(name, layer, x, g, peers.addmm_mask, lambda x: peers.addmm(x, w, A, B))
 
@@ -216,42 +223,45 @@ def _fast(name, layer, x, g) -> Provider:
 
 def _plan(backend, plan, layer, x, g) -> Provider:
     """The operator itself with backend and plan by name: no patch, no dispatch, the same arithmetic."""
-    from peft_fast import dispatch
     from peft_fast.ops import Adapter, lora_linear
 
     w = gate.weights(layer, x.dtype)
-    adapter = Adapter(layer.lora_A["default"].weight, layer.lora_B["default"].weight, w.scaling, w.p)
+    adapter = Adapter(*gate.adapter(layer), w.scaling, w.p)
 
     def run(x):
         return lora_linear(x, w.W, w.bias, [adapter], backend=backend, plan=plan)
 
+    return by_name(_lora(f"peft_fast {backend} {plan}", layer, x, g, gate.our_mask, run, fast=True))
+
+
+def by_name(named: Provider) -> Provider:
+    """A plan measured by its name: optional, and refused where other kernels than the named ones ran."""
+    from peft_fast import dispatch
+
     def verdicts() -> dict[str, Verdict]:
         watch = dispatch.Watch()
-        found = gate.check_layer(layer, x, g, gate.our_mask, run, fast=True)
+        found = named.gate()
         failed = watch.failed()
         found["kernels"] = Verdict(not failed, failed)
         if all(found.values()) and (why := watch.refused()):
             raise NotForThese(f"not for these tensors or this device: {why}")
         return found
 
-    provider = _lora(f"peft_fast {backend} {plan}", layer, x, g, gate.our_mask, run, fast=True)
-    return dataclasses.replace(provider, gate=verdicts, optional=True)
+    return dataclasses.replace(named, gate=verdicts, optional=True)
 
 
-def _takes(backend, plan, layer, x) -> bool:
-    """Does this backend have a plan for these dtypes?"""
+def takes(backend: str, plan: str, W: Tensor, tensors: Sequence[Tensor], x: Tensor, op: str = "lora_linear") -> bool:
+    """Does this backend have a plan of the op for these dtypes?"""
     from peft_fast import dispatch
 
-    tensors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
     try:
-        dispatch.pick(x, x.dtype, layer.base_layer.weight, tensors, backend=backend, plan=plan)
+        return dispatch.pick(x, x.dtype, W, tensors, backend=backend, plan=plan, op=op).backend == backend
     except SettingsError:
         return False
-    return True
 
 
 def _peer(peer, layer, x, g) -> Provider:
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    A, B = gate.adapter(layer)
     w = gate.weights(layer, x.dtype)
-    provider = _lora(peer.name, layer, x, g, gate.torch_mask(x.dtype), lambda x: peer(x, w, A, B))
-    return dataclasses.replace(provider, optional=True)
+    found = _lora(peer.name, layer, x, g, gate.torch_mask(x.dtype), lambda x: peer(x, w, A, B))
+    return dataclasses.replace(found, optional=True)

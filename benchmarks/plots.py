@@ -1,4 +1,4 @@
-"""A result as a picture: every provider's time as a multiple of the frozen baseline, with its interval."""
+"""A result as a picture: each provider's time as a multiple of the baseline, or the losses of whole runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ COLORS = {
     "stock bf16": "#eeb777",
     "stock fp16": "#eeb777",
     "addmm": "#9a8fc4",
+    "layer by layer": "#3f9c9c",
     "peft_fast": "#1f5fa8",
     "peft_fast bf16": "#7fb0e6",
     "peft_fast fp16": "#7fb0e6",
@@ -28,8 +29,35 @@ MANY = 12  # rows: more are a line of dots each, bars would take a page a model
 FARTHEST = 4.0  # multiples: what is slower is drawn at the edge of a picture of dots
 
 
+def draw(document: dict, path: Path) -> None:
+    """The document as PNG (or whatever the suffix says)."""
+    (losses if any("runs" in row for row in document["rows"]) else ratios)(document, path)
+
+
+def losses(document: dict, path: Path) -> None:
+    """The training loss of both runs by step, a panel for each row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from . import machine
+
+    rows = document["rows"]
+    figure, panels = plt.subplots(1, len(rows), figsize=(5 * len(rows), 3.4), squeeze=False)
+    for axes, row in zip(panels[0], rows, strict=True):
+        for name, run in row["runs"].items():
+            axes.plot(range(1, len(run["losses"]) + 1), run["losses"], color=COLORS[name], label=name)
+        axes.set_title(row["title"], fontsize=8)
+        axes.set_xlabel("step")
+        axes.legend(fontsize=8, frameon=False)
+    panels[0][0].set_ylabel("training loss")
+    figure.suptitle(machine.line(document["machine"]), fontsize=8)
+    _save(figure, path)
+
+
 def ratios(document: dict, path: Path) -> None:
-    """Bars or, of many rows, dots: one group a row of the document, as PNG (or whatever the suffix says)."""
+    """Bars or, of many rows, dots: one group a row of the document."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,11 +77,17 @@ def ratios(document: dict, path: Path) -> None:
     axes.set_yticks(range(len(rows)), [row["title"] for row in rows], fontsize=8)
     axes.set_ylim(-0.6, max(len(rows), 1) - 0.4)
     axes.invert_yaxis()
-    axes.set_xlabel("time, multiples of the frozen baseline" + ("" if dots else " (bars: 95 % interval)"))
+    axes.set_xlabel("time, multiples of the baseline" + ("" if dots else " (bars: 95 % interval)"))
     axes.set_title(f"{document['bench']}\n{machine.line(document['machine'])}", fontsize=9)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
@@ -92,7 +126,7 @@ def main(files: list[str]) -> int:
     for path in map(Path, files):
         document = harness.read(path)
         for run in document.get("runs", [document]):
-            ratios(run, path.with_name(f"{path.stem}-{run['bench']}.png"))
+            draw(run, path.with_name(f"{path.stem}-{run['bench']}.png"))
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+OPS = ("lora_group", "lora_mlp", "lora_embedding")  # beside lora_linear, each with a benchmark of its own
+LAYER = "llama-3-8b-layer"  # of train_step
 SQUARE = (2048, 2048, 2048)  # M, K, N: the shape the project's CPU targets are stated for
 GPU_SQUARE = (8192, 4096, 4096)  # and the GPU ones, with r = 16
 TINY = (48, 64, 96)
@@ -37,3 +39,34 @@ GPU_LAYERS = {
 GPU_PAIRS = tuple(
     dict.fromkeys([GPU_SQUARE[1:], *(shape[1:] for layers in GPU_LAYERS.values() for shape, _ in layers)])
 )
+# M, K, N of each layer that reads one x: q/k/v, with grouped queries in the Llamas, and gate/up
+GROUPS = {
+    "bert-base": [(512, 768, (768, 768, 768)), (2048, 768, (768, 768, 768))],
+    "llama-like": [(512, 1024, (1024, 512, 512)), (512, 1024, (2816, 2816)), (2048, 1024, (1024, 512, 512))],
+    "llama-3-8b": [(512, 4096, (4096, 1024, 1024))],
+}
+GPU_GROUPS = {
+    "llama-3-8b": [(8192, 4096, (4096, 1024, 1024)), (8192, 4096, (14336, 14336)), (512, 4096, (4096, 1024, 1024))],
+    "bert-base": [(8192, 768, (768, 768, 768))],
+}
+TINY_GROUP = [(48, 64, (96, 32, 40))]
+# M, K, inner, activation, kind, with adapters
+MLPS = {
+    "bert-base": [(512, 768, 3072, "gelu", "plain", True), (512, 768, 3072, "gelu", "plain", False)],
+    "llama-like": [(512, 1024, 2816, "silu", "gated", True), (512, 1024, 2816, "silu", "gated", False)],
+    "phi-3-like": [(512, 1024, 2816, "silu", "halved", True)],
+    "gpt2": [(512, 768, 3072, "gelu_tanh", "plain", True)],
+}
+GPU_MLPS = {
+    "llama-3-8b": [(8192, 4096, 14336, "silu", "gated", True), (512, 4096, 14336, "silu", "gated", True)],
+    "bert-base": [(8192, 768, 3072, "gelu", "plain", True)],
+}
+TINY_MLP = [(48, 64, 96, "silu", "gated", True), (48, 64, 96, "gelu_tanh", "plain", False)]
+# tokens, vocabulary, width, with Gemma's scale
+EMBEDDINGS = {
+    "bert-base": (512, 30522, 768, False),
+    "llama-like": (512, 128256, 1024, False),
+    "gemma-3": (512, 262144, 640, True),
+}
+GPU_EMBEDDINGS = {"llama-3-8b": (8192, 128256, 4096, False), "gemma-3": (8192, 262144, 1152, True)}
+TINY_EMBEDDING = (48, 96, 64)

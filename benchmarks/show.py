@@ -42,6 +42,28 @@ def caption(row: dict) -> str:
     return f"{row['title']}   {row['rounds']} rounds   A/A {interval(aa['ratio'])}{verdict}"
 
 
+def run_cells(row: dict) -> list[list[str]]:
+    """A row of whole runs -> a head and one list of cells per run."""
+    head = ["", "perplexity", "tokens/s", "ms a step", "peak MiB, process", "peak MiB of a step", "saved MiB"]
+    lines = [head]
+    for name, run in row["runs"].items():
+        before, after = run["perplexity"]
+        sizes = (f"{run[key] / 2**20:,.0f}" for key in ("peak_resident_bytes", "step_bytes", "saved_bytes"))
+        step = 1e3 * run["seconds"] / row["settings"]["steps"]
+        lines.append([name, f"{before:.2f} → {after:.2f}", f"{run['tokens_per_second']:,.0f}", f"{step:,.0f}", *sizes])
+    return lines
+
+
+def verdict(row: dict) -> str:
+    """The speed-up of whole runs and what their perplexities say."""
+    layers = row["runs"]["peft_fast"]["layers"]
+    apart = f"perplexity {100 * (row['perplexity_ratio'] - 1):+.2f} % from stock PEFT's"
+    speed = f"{interval(row['speedup'])} times stock PEFT's speed"
+    why = f"; {row['apart']}" if row["apart"] else ""
+    joined = f"{layers['groups']} groups and {layers['blocks']} blocks"
+    return f"{speed}, {apart}, {layers['fast']} of {layers['of']} layers fast, {joined}{why}"
+
+
 def _phases(phases: dict) -> str:
     parts = [f"{f['ms']:.2f}" for phase, f in phases.items() if phase != "total"]
     return f"{phases['total']['ms']:.2f}" + (f" ({' + '.join(parts)})" if len(parts) > 1 else "")
@@ -77,6 +99,11 @@ class Plain:
         print("\n" + caption(row))
         _lines([list(COLUMNS), *cells(row)])
         _notes(row)
+
+    def runs(self, row: dict) -> None:
+        print("\n" + row["title"], flush=True)
+        _lines(run_cells(row))
+        print(verdict(row), flush=True)
 
     def targets(self, found: list) -> None:
         _lines([["target", "needed", "found", ""], *targets.lines(found)])

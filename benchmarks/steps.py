@@ -13,34 +13,40 @@ from peft_fast import build, native
 from peft_fast.backends import cuda
 
 from . import machine, peers
+from .shapes import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 # Share of the budget after which each step must have ended; what one leaves, the next may use. `contract` is most of
-# the proof and has about 440 kernels to compile, seconds each, among MOST_WORKERS processes; `ops` finds many of its
+# the proof and has hundreds of kernels to compile, seconds each, among MOST_WORKERS processes; `ops` finds many of its
 # own in Triton's cache after that. `racecheck` has no share, only what `memcheck` leaves: where time is short it is the
-# first to go, since most races show as wrong values in the contract. The figures keep nearly half.
+# first to go, since most races show as wrong values in the contract. The figures keep more than a third.
 ENDS = {
     "build": 0.17,
     "plans": 0.25,
     "doctor": 0.28,
     "gate": 0.31,
-    "contract": 0.46,
-    "ops": 0.51,
-    "memcheck": 0.55,
-    "racecheck": 0.55,
-    "tune": 0.62,
-    "lora_linear": 0.82,
-    "peers": 0.84,
-    "train_step": 0.97,
+    "contract": 0.52,
+    "ops": 0.57,
+    "memcheck": 0.6,
+    "racecheck": 0.6,
+    "tune": 0.66,
+    "lora_linear": 0.78,
+    "lora_group": 0.83,
+    "lora_mlp": 0.87,
+    "lora_embedding": 0.885,
+    "peers": 0.895,
+    "train_step": 0.985,
 }
 LEAST_S = {"racecheck": 12.0}  # with less left it is not started
 # these take --minutes and end by themselves
-TIMED = ("plans", "gate", "memcheck", "racecheck", "tune", "lora_linear", "peers", "train_step")
+TIMED = ("plans", "gate", "memcheck", "racecheck", "tune", "lora_linear", *OPS, "peers", "train_step")
 UNSEEN = {"racecheck": ("cuda fused",)}  # it does not know what the hardware copies by itself
 # about the CPU alone: its instruction sets, the address of its packed weights, its clock
 CPU_TESTS = ("test_amx.py", "test_weights.py", "test_timing.py")
 # 60 to 74 kernels to compile for each of its parameters, one after another; the contract's table has the same options
 MANY_KERNELS = ("test_random.py",)
+# of the contract's table, for a dry run
+A_FEW = ("lora_linear-f32-rank_16", "lora_group-f32-two", "lora_mlp-f32-silu_gated", "lora_embedding-f32-gemma")
 MOST_WORKERS = 14  # each has a context on the GPU
 
 
@@ -65,6 +71,7 @@ def steps(out: Path, stem: str, dry_run: bool) -> list[Step]:
 
     # bfloat16, the dtype that is measured, is judged there; the interpreter has it wrong
     few = ["--dtype", "fp16", "--repeats", "2"] if dry_run else []
+    once = ["--dropout", "0.05"] if dry_run else []
     half = ["--dtype", "fp16,fp32", "--dropout", "0.05", "--model", "square"]
     others_ran = "test_contract.py", *CPU_TESTS, *MANY_KERNELS
     others = peers.installed()
@@ -79,6 +86,7 @@ def steps(out: Path, stem: str, dry_run: bool) -> list[Step]:
         _sanitizer("racecheck", dry_run, interpreted),
         _tune(out / f"{stem}-tune.json", interpreted, dry_run),
         Step("lora_linear", [*results("lora_linear", "lora_linear"), *few], extra=interpreted),
+        *(Step(op, [*results(op, op), *few, *once], extra=interpreted) for op in OPS),
         Step(
             "peers",
             [*results("peers", "lora_linear"), "--peers", "--model", "square"],
@@ -95,7 +103,7 @@ def without(step: Step, broken: list[str]) -> list[str]:
         return []
     if step.name in ("contract", "ops"):
         return ["-k", " and ".join(f"not {plan.replace(' ', '-')}" for plan in broken)]
-    named = ("gate", "memcheck", "racecheck", "lora_linear", "peers")
+    named = ("gate", "memcheck", "racecheck", "lora_linear", *OPS, "peers")
     return ["--without", ",".join(broken)] if step.name in named else []
 
 
@@ -134,8 +142,8 @@ def _tests(name: str, what: list[str], dry_run: bool, interpreted: dict[str, str
     command = ["-m", "pytest", *what, "-q", "-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider"]
     command += ["--maxfail=20", "-m", "not slow"]
     if dry_run:
-        few = "f32-rank_16-torch" if name == "contract" else "manual_seed_reproduces"
-        few += " or f32-rank_16-triton" if name == "contract" and interpreted else ""
+        backends = "(torch or triton)" if interpreted else "torch"
+        few = f"({' or '.join(A_FEW)}) and {backends}" if name == "contract" else "manual_seed_reproduces"
         return Step(name, [*command, "-k", few], extra=interpreted or {})
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(MOST_WORKERS, machine.cores()))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from peft_fast.errors import DataError, fail
@@ -18,6 +19,7 @@ TITLES = {
     "stock": "stock PEFT",
     "stock bf16": "stock, bf16 adapters",
     "addmm": "plain addmm Function",
+    "layer by layer": "peft_fast layer by layer",
     "peft_fast": "**peft_fast**",
     "peft_fast bf16": "**peft_fast**, bf16 adapters",
 }
@@ -26,7 +28,7 @@ PLANS = {
     f"peft_fast {backend} {plan}": f"{backend}, {plan}"
     for backend in ("torch", "triton", "cuda")
     for plan in ("accumulate", "augmented", "fused")
-}
+} | {f"peft_fast {backend}": backend for backend in ("torch", "triton")}
 # of records of a GPU: README has no such columns
 ALL = {
     **dict(list(TITLES.items())[:3]),
@@ -50,6 +52,8 @@ def record(found: dict) -> str:
         parts += ["A dry run with toy sizes on a CPU: it proves the script and measures nothing."]
     parts += ["\n".join(map(_cells, goals))]
     parts += ["## One layer: forward / backward, multiples of the frozen layer's", lora_linear(runs, ALL)]
+    for op, title in OPS.items():
+        parts += [f"## {title}"] * any(run["bench"] == op for run in runs) + [_op(op, runs, ALL)]
     parts += ["## One training step: multiples of the frozen step", train_step(runs, ALL)]
     parts += ["\n".join(lines) for lines in (_clocks(found), _without_figures(found["runs"])) if lines]
     parts += ["## Steps", "\n".join(map(_cells, went))]
@@ -61,7 +65,7 @@ def _clocks(found: dict) -> list[str]:
     units = {"sm_mhz": ("MHz", "most_sm_mhz"), "watts": ("W", "most_watts"), "celsius": ("°C", "")}
     lines = []
     for step in found["steps"]:
-        if step["name"] not in ("lora_linear", "train_step") or "clocks" not in step:
+        if step["name"] not in ("lora_linear", *OPS, "train_step") or "clocks" not in step:
             continue
         parts = []
         for name, (unit, limit) in units.items():
@@ -110,9 +114,72 @@ def lora_linear(runs: list[dict], titles: dict[str, str] = TITLES) -> str:
     return _section("lora_linear", runs, _layer_head, _layer_row, titles)
 
 
+OPS = {
+    "lora_group": "Layers with one input: forward / backward, multiples of the frozen layers'",
+    "lora_mlp": "An MLP block: forward / backward, multiples of the frozen block's",
+    "lora_embedding": "An embedding: forward / backward, multiples of stock PEFT's",
+}
+
+
+def _op(op: str, runs: list[dict], titles: dict[str, str] = TITLES) -> str:
+    """Rows: shape, dtype, dropout. Figures: forward / backward, multiples of the baseline's; saved MiB."""
+    return _section(op, runs, _op_head, _op_row, titles)
+
+
+def smollm2(runs: list[dict]) -> str:
+    """Rows: dropout, who trains. Figures: perplexity, speed, memory of whole runs."""
+    parts = []
+    for run in _of("smollm2", runs):
+        lines = [_cells(RUN_HEAD), _cells(["---"] * len(RUN_HEAD))]
+        lines += [_cells(line) for row in run["rows"] for line in _run_rows(row)]
+        facts = "; ".join(dict.fromkeys(_recipe(row) for row in run["rows"]))
+        parts.append("\n".join([*lines, "", f"<sub>{facts}. {machine.line(run['machine'])}.</sub>"]))
+    return "\n\n".join(parts) or NONE.format(bench="smollm2")
+
+
+RUN_HEAD = [
+    "dropout", "", "perplexity, held out", "tokens/s", "speed-up [95 %]", "peak of the process, MiB",
+    "peak of a step, MiB", "saved for backward, MiB",
+]  # fmt: skip
+
+
+def _run_rows(row: dict) -> list[list[str]]:
+    s, lines = row["settings"], []
+    for name, run in row["runs"].items():
+        before, after = run["perplexity"]
+        ours = name == "peft_fast"
+        apart = f" ({100 * (row['perplexity_ratio'] - 1):+.2f} %)" if ours else ""
+        mid, low, high = row["speedup"]
+        sizes = [f"{run[key] / 2**20:,.0f}" for key in ("peak_resident_bytes", "step_bytes", "saved_bytes")]
+        speed = f"**{mid:.2f}×** [{low:.2f}, {high:.2f}]" if ours else ""
+        learned = f"{before:.2f} → {after:.2f}{apart}"
+        lines.append([f"{s['p']:g}", TITLES[name], learned, f"{run['tokens_per_second']:,.0f}", speed, *sizes])
+    return lines
+
+
+def _recipe(row: dict) -> str:
+    s = row["settings"]
+    return (
+        f"SmolLM2-135M-Instruct, {s['dtype']}, LoRA r = {s['r']} on every linear layer, {s['steps']} steps of "
+        f"{s['batch']} × {s['length']} tokens of {s['data']['source']}, learning rate {s['lr']:g}"
+    )
+
+
+def _op_head(names: list[str]) -> list[str]:
+    return ["shape", "dtype", "dropout", *(ALL[n] for n in names), _saved_head(names)]
+
+
+def _op_row(row: dict, names: list[str]) -> list[str]:
+    s = row["settings"]
+    # stock PEFT leaves a block without adapters as it is
+    stock = "stock" if "stock" in row["bytes"] else "frozen"
+    shape = s["shape"] + ("" if row["aa"]["ok"] else " †")
+    return [shape, s["dtype"], f"{s['p']:g}", *_pairs(row["providers"], names), _saved(row, stock, 1)]
+
+
 def _section(bench: str, runs: list[dict], head: Callable, line: Callable, titles: dict[str, str] = TITLES) -> str:
     parts = []
-    for run in (r for r in runs if r["bench"] == bench):
+    for run in _of(bench, runs):
         names = [n for n in titles if any(n in row.get("providers", {}) for row in run["rows"])]
         header = head(names)
         lines = [_cells(header), _cells(["---"] * len(header))]
@@ -121,22 +188,39 @@ def _section(bench: str, runs: list[dict], head: Callable, line: Callable, title
     return "\n\n".join(parts) or NONE.format(bench=bench)
 
 
+def _of(bench: str, runs: list[dict]) -> list[dict]:
+    """The runs of a benchmark; those of one machine, its versions and a day are one, in the order of their files."""
+    found: dict[str, dict] = {}
+    for run in (r for r in runs if r["bench"] == bench):
+        line = machine.line(run["machine"])
+        before = found[line]["rows"] if line in found else []
+        found[line] = {"machine": run["machine"], "rows": [*before, *run["rows"]]}
+    return list(found.values())
+
+
 def _train_head(names: list[str]) -> list[str]:
     shown = [ALL[n] for n in names]
-    return ["model", "dtype", "dropout", *shown, "speed-up over stock [95 %]", "saved MiB: stock → peft_fast"]
+    return ["model", "dtype", "dropout", *shown, "speed-up over stock [95 %]", _saved_head(names)]
 
 
 def _train_row(row: dict, names: list[str]) -> list[str]:
     s, providers = row["settings"], row["providers"]
     speed = providers.get("peft_fast", {}).get("total", {}).get("speedup")
-    sizes = [row["bytes"][n]["saved"] for n in ("stock", "peft_fast") if n in row["bytes"]]
-    saved = " → ".join(f"{size / 2**20:.0f}" for size in sizes)
     ratios = [_bold(n, f"{providers[n]['total']['ratio'][0]:.2f}") if n in providers else "" for n in names]
     # of the largest, as many layers as fitted
     label = s["model"] + (f", {s['layers']} layers" if s["model"] == "llama-3-8b-like" else "")
     label += "" if row["aa"]["ok"] else " †"
     speedup = f"**{speed[0]:.2f}×** [{speed[1]:.2f}, {speed[2]:.2f}]" if speed else ""
-    return [label, s["dtype"], f"{s['p']:g}", *ratios, speedup, saved]
+    return [label, s["dtype"], f"{s['p']:g}", *ratios, speedup, _saved(row, "stock")]
+
+
+def _saved_head(names: list[str]) -> str:
+    return "saved MiB: stock → " + "layer by layer → " * ("layer by layer" in names) + "peft_fast"
+
+
+def _saved(row: dict, stock: str, digits: int = 0) -> str:
+    shown = (row["bytes"][n]["saved"] for n in (stock, "layer by layer", "peft_fast") if n in row["bytes"])
+    return " → ".join(f"{size / 2**20:.{digits}f}" for size in shown)
 
 
 def _layer_head(names: list[str]) -> list[str]:
@@ -144,13 +228,18 @@ def _layer_head(names: list[str]) -> list[str]:
 
 
 def _layer_row(row: dict, names: list[str]) -> list[str]:
-    s, providers = row["settings"], row["providers"]
+    s = row["settings"]
+    shape = f"{s['M']} × {s['K']} × {s['N']}" + ("" if row["aa"]["ok"] else " †")
+    return [shape, str(s["r"]), s["dtype"], str(s["threads"]), f"{s['p']:g}", *_pairs(row["providers"], names)]
+
+
+def _pairs(providers: dict, names: list[str]) -> list[str]:
+    """forward / backward of each, multiples of the baseline's."""
     pairs = []
     for n in names:
         both = (providers[n][phase]["ratio"][0] for phase in ("forward", "backward") if n in providers)
         pairs.append(_bold(n, " / ".join(f"{ratio:.2f}" for ratio in both)))
-    shape = f"{s['M']} × {s['K']} × {s['N']}" + ("" if row["aa"]["ok"] else " †")
-    return [shape, str(s["r"]), s["dtype"], str(s["threads"]), f"{s['p']:g}", *pairs]
+    return pairs
 
 
 def _bold(name: str, text: str) -> str:
@@ -160,7 +249,7 @@ def _bold(name: str, text: str) -> str:
 def _noise(run: dict) -> str:
     if all(row["aa"]["ok"] for row in run["rows"] if "aa" in row):
         return ""
-    return " † frozen against frozen was outside its own interval: the machine was not quiet."
+    return " † the baseline against itself was outside its own interval: the machine was not quiet."
 
 
 def _cells(row: list[str]) -> str:
@@ -168,7 +257,12 @@ def _cells(row: list[str]) -> str:
 
 
 # marker name in README -> what stands between <!-- NAME:start --> and <!-- NAME:end -->
-SECTIONS = {"bench": train_step, "layer": lora_linear}
+SECTIONS = {
+    "bench": train_step,
+    "smollm2": smollm2,
+    "layer": lora_linear,
+    **{op.removeprefix("lora_"): partial(_op, op) for op in OPS},
+}
 
 
 def render(text: str, runs: list[dict]) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .shapes import GPU_SQUARE
+from .shapes import GPU_SQUARE, LAYER, OPS
 
 LIMIT, AIM = 1.10, 1.06  # adapted / frozen at the headline shape
+LAYER_LIMIT = 1.05  # and of a whole decoder layer, its siblings and its block joined
+JOINED = {"peft_fast": "layer by layer"}
 # ours -> the stock PEFT with adapters of the same dtype
 PAIRS = {"peft_fast": "stock", "peft_fast bf16": "stock bf16", "peft_fast fp16": "stock fp16"}
 
@@ -30,6 +32,8 @@ def judge(runs: Sequence[dict]) -> list[Target]:
     runs = [run for run in runs if run["scale"] != "tiny"]
     layers = [row for run in runs if run["bench"] == "lora_linear" for row in run["rows"] if "providers" in row]
     steps = [row for run in runs if run["bench"] == "train_step" for row in run["rows"] if "providers" in row]
+    joined = [row for run in runs if run["bench"] in OPS for row in run["rows"] if "providers" in row]
+    whole = [row for row in steps if not _is(row, model=LAYER)]
     M, K, N = GPU_SQUARE
     usual = [row for row in layers if _is(row, r=16)]  # more ranks are more arithmetic, however they are computed
     headline = [row for row in usual if _is(row, M=M, K=K, N=N)]
@@ -38,9 +42,13 @@ def judge(runs: Sequence[dict]) -> list[Target]:
         _worst(where, headline, LIMIT),
         _worst(f"{where}, the aim", headline, AIM),
         _worst("adapted / frozen, every layer with r=16", usual, AIM),
-        _worst("adapted / frozen, a whole model forward and backward", steps, AIM),
+        _worst("adapted / frozen, a whole model forward and backward", whole, AIM),
+        _worst("adapted / frozen, a Llama-3-8B layer", [row for row in steps if row not in whole], LAYER_LIMIT),
         _slower("never slower than stock: layers", layers),
+        _slower("never slower than stock: groups, blocks, embeddings", joined),
         _slower("never slower than stock: training steps", steps),
+        _slower("never slower than layer by layer: groups and blocks", joined, pairs=JOINED),
+        _slower("never slower than layer by layer: training steps", steps, pairs=JOINED),
         _slower("the host launches a layer no slower than stock's", layers, "cpu_ms"),
     ]
 
@@ -50,17 +58,17 @@ def lines(found: Sequence[Target]) -> list[list[str]]:
     return [[target.name, target.need, target.found, target.word] for target in found]
 
 
-def _is(row: dict, **settings: int) -> bool:
+def _is(row: dict, **settings: int | str) -> bool:
     return all(row["settings"].get(name) == value for name, value in settings.items())
 
 
-def _ours(rows: Sequence[dict]) -> Iterator[tuple[dict, str]]:
-    return ((row, name) for row in rows for name in PAIRS if name in row["providers"])
+def _ours(rows: Sequence[dict], pairs: dict[str, str]) -> Iterator[tuple[dict, str]]:
+    return ((row, name) for row in rows for name in pairs if name in row["providers"])
 
 
 def _worst(name: str, rows: Sequence[dict], limit: float) -> Target:
     """The largest ratio to frozen of what dispatch runs, forward and backward together."""
-    ratios = [(_ratio(row["providers"], ours), _label(row, ours)) for row, ours in _ours(rows)]
+    ratios = [(_ratio(row["providers"], ours), _label(row, ours)) for row, ours in _ours(rows, PAIRS)]
     if not ratios:
         return Target(name, f"<= {limit:.2f}", "", None)
     kept = sum(ratio <= limit for ratio, _ in ratios)
@@ -77,11 +85,11 @@ def _ratio(providers: dict, ours: str) -> float:
     return mine / frozen
 
 
-def _slower(name: str, rows: Sequence[dict], time: str = "ms") -> Target:
-    """The least stock / ours, by medians, each of ours against the stock with adapters of the same dtype."""
+def _slower(name: str, rows: Sequence[dict], time: str = "ms", pairs: dict[str, str] = PAIRS) -> Target:
+    """The least theirs / ours, by medians, each of ours against its pair: stock with adapters of the same dtype."""
     speeds = []
-    for row, ours in _ours(rows):
-        stock = row["providers"].get(PAIRS[ours])
+    for row, ours in _ours(rows, pairs):
+        stock = row["providers"].get(pairs[ours])
         if stock:
             least = 1e-4  # milliseconds: a document has no more digits
             theirs, mine = (max(p["total"][time], least) for p in (stock, row["providers"][ours]))
@@ -95,5 +103,5 @@ def _slower(name: str, rows: Sequence[dict], time: str = "ms") -> Target:
 
 def _label(row: dict, name: str) -> str:
     s = row["settings"]
-    what = f"{s['M']}×{s['K']}×{s['N']} r={s['r']}" if "M" in s else s["model"]
+    what = f"{s['M']}×{s['K']}×{s['N']} r={s['r']}" if "N" in s else s.get("shape", s["model"])
     return f"{name}, {what} p={s['p']:g}"

@@ -14,16 +14,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from peft_fast import settings
 from peft_fast.errors import fail
 
 from . import gate, machine
 from .criterion import Verdict
 from .harness import Case, GateError, Options, Provider
 from .lora_linear import DTYPES, accelerate, alone, draw_adapters
+from .shapes import LAYER
 
 RANK = 16
 # a whole network's rounding error is a draw of the same lottery as stock's, not the same ticket
 NETWORK_SLACK = 1.5
+SETTLING = 4  # steps: siblings are seen in the first, known in the second, a group in the third
 JUDGED = 512  # tokens of the one sequence that is
 
 
@@ -48,6 +51,8 @@ MODELS = {
     "llama-like": Model("llama", 1024, 2816, 4, 16, 8, 8192, 4, 128),
 }
 GPU_MODELS = {
+    # one layer of it, the head and the embedding cut to next to nothing
+    LAYER: Model("llama", 4096, 14336, 1, 32, 8, 256, 4, 2048),
     # as many of Llama-3-8B's layers as fit, up to what nine minutes have time for
     "llama-3-8b-like": Model("llama", 4096, 14336, 8, 32, 8, 32768, 4, 2048),
     "bert-base": Model("bert", 768, 3072, 12, 12, 12, 30522, 32, 512),
@@ -183,11 +188,12 @@ def providers(m: Model, dtype_name: str, p: float, device: torch.device) -> list
 
     rows += [_provider("stock", stock, batch)]
     rows += [_provider(f"stock {dtype_name}", lora(base, m, p, fp32=False), batch)] if low else []
-    for fp32 in (True, False) if low else (True,):
+    for fp32, joined in ((True, True), (True, False), (False, True)) if low else ((True, True), (True, False)):
         fast = lora(base, m, p, fp32)
         accelerate(fast)
-        name = "peft_fast" if fp32 else f"peft_fast {dtype_name}"
-        rows.append(_provider(name, fast, batch, partial(verdicts, fast, judges, dtype)))
+        name = ("peft_fast" if fp32 else f"peft_fast {dtype_name}") if joined else "layer by layer"
+        gate = partial(verdicts, fast, batch, judges, dtype, joined)
+        rows.append(_provider(name, fast, batch, gate if joined else _one_by_one(gate), joined))
     return rows if device.type == "cpu" else alone(rows)
 
 
@@ -213,7 +219,17 @@ def _copy(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, shared)
 
 
-def _provider(name: str, model: nn.Module, batch: dict, gate: Callable | None = None) -> Provider:
+def _one_by_one(run: Callable) -> Callable:
+    """The same with every layer by itself: no groups of siblings, no blocks."""
+
+    def alone() -> object:
+        with settings.override(groups=False, blocks=False):
+            return run()
+
+    return alone
+
+
+def _provider(name: str, model: nn.Module, batch: dict, gate: Callable | None = None, joined: bool = True) -> Provider:
     """One step in three phases; `update` is AdamW on what trains, and forgetting the gradients."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
@@ -230,6 +246,7 @@ def _provider(name: str, model: nn.Module, batch: dict, gate: Callable | None = 
         optimizer.zero_grad()
 
     phases = {"forward": forward, "backward": backward, **({"update": update} if trained else {})}
+    phases = phases if joined else {phase: _one_by_one(run) for phase, run in phases.items()}
     return Provider(name, phases, [*model.parameters(), *model.buffers()], gate, backlog=0.0)
 
 
@@ -248,12 +265,33 @@ def results(model: nn.Module, batch: dict) -> dict[str, Tensor]:
     }
 
 
-def verdicts(model: nn.Module, judges: Callable, dtype: torch.dtype) -> dict[str, Verdict]:
+def settle(model: nn.Module, batch: dict) -> int:
+    """Steps that change no weight, because groups form at an optimizer's step; ops of ours in the last one."""
+    from peft_fast.ops import fast_calls
+
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.0)
+    for _ in range(SETTLING):
+        before = fast_calls()
+        loss = model(**batch).loss
+        calls = fast_calls() - before
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return calls
+
+
+def verdicts(
+    model: nn.Module, batch: dict, judges: Callable, dtype: torch.dtype, joined: bool = True
+) -> dict[str, Verdict]:
     """Every kind of layer by the criterion with its dropout; then loss, logits and gradients of one sequence,
 
-    dropout off, against `judges()`: the sequence, its float64 results and stock's.
+    dropout off, against `judges()`: the sequence, its float64 results and stock's. A model that is `joined` has to run
+    fewer ops than it has adapted layers, any other as many.
     """
     found = layer_verdicts(model, dtype)
+    layers, calls = sum(bool(getattr(m, "lora_A", None)) for m in model.modules()), settle(model, batch)
+    right = calls < layers if joined else calls == layers
+    found["path"] = Verdict(right, f"{layers} adapted layers ran as {calls} ops")
     one, exact, stock = judges()
     ours = results(model, one)
     eps = torch.finfo(dtype).eps

@@ -1,4 +1,4 @@
-"""`python -m peft_fast bench lora_linear|train_step|table`: measure, and write what was measured.
+"""`python -m peft_fast bench <name>`: measure, and write what was measured.
 
 Plain argparse: on a GPU machine torch may be all there is.
 """
@@ -16,7 +16,11 @@ from peft_fast.errors import DeviceError, SettingsError, UnsupportedError, fail
 
 BENCHES = {
     "lora_linear": "one adapted layer, forward and backward",
+    "lora_group": "layers with one input, q/k/v and gate/up, as one op and one by one",
+    "lora_mlp": "an MLP block as one op and layer by layer",
+    "lora_embedding": "an adapted embedding",
     "train_step": "a whole fine-tuning step of BERT-, GPT-2- and Llama-like models",
+    "smollm2": "a real fine-tuning of SmolLM2-135M: perplexity, tokens a second, memory",
     "table": "write README's tables from benchmarks/results/*.json",
 }
 SCALES = {"quick": "about a minute, wider intervals", "tiny": "toy sizes: proves the path only"}
@@ -32,7 +36,7 @@ def app(args: list[str], prog_name: str = "python -m peft_fast bench") -> int:
 
 
 def _parser(prog_name: str) -> argparse.ArgumentParser:
-    what = "\n".join(f"  {name:<12} {text}" for name, text in BENCHES.items())
+    what = "\n".join(f"  {name:<14} {text}" for name, text in BENCHES.items())
     parser = argparse.ArgumentParser(
         prog=prog_name,
         description="Correctness first, then interleaved timing with its spread.",
@@ -91,7 +95,10 @@ def _bench(given: argparse.Namespace, prog_name: str) -> int:
             fail(SettingsError, f"{path.name}, a folder", "the name of a file to write", "add a file name")
     # rows have their real size, but the gate checks layers on few tokens: those must run what is timed
     with settings.override(min_tokens=0):
-        document = harness.run(given.name, bench.cases(options), options, show, given.json)
+        if hasattr(bench, "run"):
+            document = bench.run(options, show, given.json)
+        else:
+            document = harness.run(given.name, bench.cases(options), options, show, given.json)
     for title in document["skipped"]:
         print(f"not measured: {title}")
     for row in document["refused"]:
@@ -102,14 +109,14 @@ def _bench(given: argparse.Namespace, prog_name: str) -> int:
         show.targets(importlib.import_module("peft_fast.benchmarks.targets").judge([document]))
     if given.json:
         print(f"\nwrote {given.json}")
-    if given.plot and not given.gate_only:
+    if given.plot and document["rows"] and not given.gate_only:
         _plot(document, given.plot)
     return 1 if document["refused"] else 0
 
 
 def _plot(document: dict, path: Path) -> None:
     try:
-        importlib.import_module("peft_fast.benchmarks.plots").ratios(document, path)
+        importlib.import_module("peft_fast.benchmarks.plots").draw(document, path)
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise

@@ -155,7 +155,8 @@ def _layers(fast: dict[str, Any]) -> str:
     reasons: dict[str, list[str]] = {}
     for layer, reason in fast["slow"].items():
         reasons.setdefault(reason, []).append(layer)
-    parts = [f"<p>{len(fast['fast'])} LoRA layers take the fast path; {len(fast['slow'])} stay with PEFT.</p>"]
+    joined = f"{fast['groups']} groups of layers with one input and {fast['blocks']} MLP blocks run as one each."
+    parts = [f"<p>{len(fast['fast'])} LoRA layers take the fast path; {len(fast['slow'])} stay with PEFT. {joined}</p>"]
     for reason, layers in reasons.items():
         parts.append(f"<p>{len(layers)} with PEFT: {_e(reason)}</p>{_names(layers)}")
     handed = [(f"{count:,}", reason) for reason, count in fast["handed_back"].items()]

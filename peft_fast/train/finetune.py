@@ -1,4 +1,4 @@
-"""One LoRA fine-tuning of a text classifier on the Hugging Face Trainer, by stock PEFT or with peft_fast."""
+"""One LoRA fine-tuning of a text classifier or a language model on the Hugging Face Trainer, with or without us."""
 
 from __future__ import annotations
 
@@ -64,22 +64,25 @@ class Meter:
 
 
 def load_model(recipe: Recipe, n_labels: int) -> tuple[Any, Any]:
-    """The PEFT model (adapters in fp32, PEFT's default) and its tokenizer."""
+    """The PEFT model (adapters in fp32, PEFT's default) and its tokenizer; without labels a language model."""
     import torch
+    import transformers as tf
     from peft import LoraConfig, TaskType, get_peft_model
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+    from transformers import AutoConfig, AutoTokenizer, set_seed
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe.dtype]
+    # nothing is generated: a cache would only hold keys and values a second time
+    own = {"num_labels": n_labels} if n_labels else {"use_cache": False}
     set_seed(recipe.seed)
     local = {"local_files_only": not recipe.network}
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model, **local)
-        config = AutoConfig.from_pretrained(recipe.model, num_labels=n_labels, **local)
+        config = AutoConfig.from_pretrained(recipe.model, **own, **local)
         for name, value in config.to_dict().items():
             if "drop" in name and isinstance(value, float) and not recipe.keep_dropout:
                 setattr(config, name, 0.0)
-        classifier = AutoModelForSequenceClassification
-        model = classifier.from_pretrained(recipe.model, config=config, dtype=dtype, **local)
+        auto = tf.AutoModelForSequenceClassification if n_labels else tf.AutoModelForCausalLM
+        model = auto.from_pretrained(recipe.model, config=config, dtype=dtype, **local)
     except Exception as error:  # a missing hub id, a damaged file and an unknown class have no common base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         need = "a folder with config.json, weights and tokenizer, or a hub id of a text model"
@@ -94,7 +97,7 @@ def load_model(recipe: Recipe, n_labels: int) -> tuple[Any, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     lora = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=TaskType.SEQ_CLS if n_labels else TaskType.CAUSAL_LM,
         r=recipe.r,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
@@ -121,12 +124,21 @@ def encode(tokenizer: Any, rows: list[tuple[str, int]], max_length: int) -> list
     ]
 
 
+def blocks(tokenizer: Any, rows: list[tuple[str, int]], length: int) -> list[dict[str, Any]]:
+    """All texts in one row, an end token after each, cut into blocks of ``length`` tokens; a rest is left out."""
+    end = tokenizer.eos_token_id
+    stream = [token for ids in tokenizer([text for text, _ in rows])["input_ids"] for token in (*ids, end)]
+    cut = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+    return [{"input_ids": ids, "attention_mask": [1] * length, "labels": ids} for ids in cut]
+
+
 def trainer(
     recipe: Recipe, task: Task, folder: str, meter: Meter, on_step: Callable[[int, int], None], fast: bool
 ) -> Any:
     """A Trainer ready to train; calls ``on_step(step, last)`` before the first step (0) and after each."""
     import torch
-    from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+    import transformers as tf
+    from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
     model, tokenizer = load_model(recipe, len(task.names))
@@ -156,8 +168,9 @@ def trainer(
                 return super().compute_loss(model, inputs, **kwargs)
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
             meter.mark("forward")
-            # for the curves only: the model's own loss has bf16's three digits
-            exact = torch.nn.functional.cross_entropy(outputs.logits.detach().float(), inputs["labels"])
+            exact = loss.detach()
+            if task.names:  # for the curves only: a classifier's own loss has bf16's three digits
+                exact = torch.nn.functional.cross_entropy(outputs.logits.detach().float(), inputs["labels"])
             meter.losses.append(exact.item())
             meter.tokens += int(inputs["attention_mask"].sum())
             meter.mark("data")
@@ -188,13 +201,14 @@ def trainer(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
+    rows = encode if task.names else blocks
     return Metered(
         model=model,
         args=arguments,
-        train_dataset=encode(tokenizer, task.train, recipe.max_length),
+        train_dataset=rows(tokenizer, task.train, recipe.max_length),
         # by length: least padding
-        eval_dataset=sorted(encode(tokenizer, task.test, recipe.max_length), key=lambda row: len(row["input_ids"])),
+        eval_dataset=sorted(rows(tokenizer, task.test, recipe.max_length), key=lambda row: len(row["input_ids"])),
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=tf.DataCollatorWithPadding(tokenizer) if task.names else tf.default_data_collator,
         callbacks=[Turns()],
     )

@@ -9,7 +9,7 @@ from typing import Any
 STEPS = 3
 # the first group whose prefix fits an operator's name takes its time
 GROUPS = (
-    ("peft_fast operators", ("peft_fast::", "PeftFast", "LoraLinear")),
+    ("peft_fast operators", ("peft_fast::", "PeftFast", "Lora")),
     (
         "matrix products",
         ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul", "mkldnn"),
@@ -50,8 +50,8 @@ GROUPS = (
 REST = "the rest"
 
 
-def everything(run: Any, fast: bool) -> dict[str, Any]:
-    """Measurements of a trained Trainer's model on one fixed batch of its training rows."""
+def everything(run: Any, fast: bool, profile: bool) -> dict[str, Any]:
+    """Measurements of a trained Trainer's model on one fixed batch of its training rows; ``profile``: by operator."""
     import torch
 
     import peft_fast
@@ -72,14 +72,14 @@ def everything(run: Any, fast: bool) -> dict[str, Any]:
     step()
     kept = [*model.parameters(), *model.buffers(), *batch.values()]
     saved = memory.saved_bytes(forward, kept)
-    ops, profiled_ms = op_times(step, run.args.device)
+    profiled = dict(zip(("ops_ms", "profiled_ms"), op_times(step, run.args.device), strict=True)) if profile else {}
     found = peft_fast.report(model)
     layers = {"fast": list(found.fast), "slow": dict(found.slow), "handed_back": dict(found.handed_back)}
+    layers |= {"groups": len(found.groups), "blocks": len(found.blocks)}
     return {
         "saved_bytes": saved,
         "step_bytes": memory.peak_bytes(step, run.args.device),
-        "ops_ms": ops,
-        "profiled_ms": profiled_ms,
+        **profiled,
         "tokens_in_batch": int(batch["attention_mask"].sum()),
         "fast_calls": peft_fast.fast_calls(),
         **(layers if fast else {}),

@@ -6,8 +6,10 @@ the machine does hits both alike.
 
     in   {who, recipe, task, folder}   ->  ready {steps, trainable, parameters, threads, device}
     in   {"until": n}                  ->  turn {step, seconds, phases, losses, tokens, cpu_seconds}
-    in   {"do": "evaluate"}            ->  accuracy {accuracy, loss, right: a bool for each held-out row}
-    in   {"do": "measure"}             ->  measured {saved_bytes, ops_ms, fast_calls, fast, slow, …}
+    in   {"do": "evaluate"}            ->  held_out {accuracy, loss, right: a bool for each held-out row},
+                                           of a language model {loss}
+    in   {"do": "measure", profile}    ->  measured {saved_bytes, ops_ms, fast_calls, fast, slow, …}
+    in   {"do": "quit"}
     any error                          ->  error {kind, message}
 """
 
@@ -44,7 +46,10 @@ class Wire:
 
 
 class Turns:
-    """Called before the first step and after each: at the end of a turn reports it, waits for the next."""
+    """Called before the first step and after each: at the end of a turn reports it, waits for the next.
+
+    ``until`` is the last step of the turn; whoever starts the training sets it for the first.
+    """
 
     def __init__(self, wire: Wire, meter: Meter) -> None:
         self.wire, self.meter = wire, meter
@@ -53,7 +58,7 @@ class Turns:
     def __call__(self, step: int, last: int) -> None:
         from peft_fast.train import measure
 
-        if step != self.until:
+        if step not in (0, self.until):
             return
         if step:
             meter = self.meter
@@ -67,10 +72,10 @@ class Turns:
                 losses=meter.losses,
                 tokens=meter.tokens,
             )
-        if step == last:
-            return
-        self.until = self.wire.receive()["until"]
-        if not step:
+            if step == last:
+                return
+            self.until = self.wire.receive()["until"]
+        else:
             measure.reset_peak_resident()
         self.cpu = time.process_time()
         self.meter.open()
@@ -103,17 +108,27 @@ def work(wire: Wire) -> None:
         model_class=type(run.model.get_base_model()).__name__,
         resident_bytes=measure.resident_bytes(),
     )
-    run.train()
     while True:
-        command = wire.receive()["do"]
-        if command == "evaluate":
-            found = run.predict(run.eval_dataset)
-            right = (found.predictions.argmax(-1) == found.label_ids).tolist()
-            wire.send("accuracy", accuracy=sum(right) / len(right), loss=found.metrics["test_loss"], right=right)
-        elif command == "measure":
-            wire.send("measured", peak_resident_bytes=turns.peak, **measure.everything(run, setup["who"] == FAST))
+        command = wire.receive()
+        if "until" in command:
+            turns.until = command["until"]
+            run.train()
+        elif command["do"] == "evaluate":
+            wire.send("held_out", **held_out(run, task))
+        elif command["do"] == "measure":
+            found = measure.everything(run, setup["who"] == FAST, command["profile"])
+            wire.send("measured", peak_resident_bytes=turns.peak, **found)
         else:
             return
+
+
+def held_out(run: Any, task: Task) -> dict[str, Any]:
+    """What the model makes of the held-out rows: which of them are right, or the mean loss of a token."""
+    if not task.names:
+        return {"loss": run.evaluate()["eval_loss"]}
+    found = run.predict(run.eval_dataset)
+    right = (found.predictions.argmax(-1) == found.label_ids).tolist()
+    return {"accuracy": sum(right) / len(right), "loss": found.metrics["test_loss"], "right": right}
 
 
 def main() -> None:

@@ -4,14 +4,21 @@ import sys
 
 import pytest
 
-from peft_fast.benchmarks import harness, lora_linear, table, train_step
+from peft_fast.benchmarks import harness, lora_embedding, lora_group, lora_linear, lora_mlp, table, train_step
 from peft_fast.cli import app, bench
 from peft_fast.errors import DeviceError, SettingsError, UnsupportedError
 
-EVERYONE = {"frozen", "full", "stock", "stock bf16", "peft_fast", "peft_fast bf16"}
+ADAPTED = {"stock", "stock bf16", "peft_fast", "peft_fast bf16"}
+EVERYONE = {
+    "lora_linear": {"frozen", "full", *ADAPTED},
+    "lora_group": {"frozen", "full", "layer by layer", *ADAPTED},
+    "lora_mlp": {"frozen", "full", "peft_fast"},  # a frozen block is one of the rows
+    "lora_embedding": ADAPTED,
+    "train_step": {"frozen", "full", "layer by layer", *ADAPTED},
+}
 
 
-@pytest.mark.parametrize("name", ["lora_linear", "train_step"])
+@pytest.mark.parametrize("name", EVERYONE)
 def test_a_tiny_run_writes_a_document_and_a_picture(name, tmp_path, capsys):
     result, picture = tmp_path / "out.json", tmp_path / "out.png"
     args = [name, "--tiny", "--dropout", "0.05", "--json", str(result), "--plot", str(picture)]
@@ -19,13 +26,25 @@ def test_a_tiny_run_writes_a_document_and_a_picture(name, tmp_path, capsys):
     document = harness.read(result)
     assert document["bench"] == name and document["scale"] == "tiny" and not document["refused"]
     for row in document["rows"]:
-        assert set(row["providers"]) >= EVERYONE and row["rounds"] == 2
+        assert set(row["providers"]) >= EVERYONE[name] and row["rounds"] == 2
         assert {"stock", "peft_fast", "peft_fast bf16"} & set(row["match"])
         assert max(row["match"].values()) <= 1
     assert picture.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "A/A" in out and f"wrote {result}" in out
-    assert getattr(table, name)([document]).count("\n| ") == 1 + len(document["rows"])
+    (section,) = (part for part in table.SECTIONS.values() if "| ---" in part([document]))
+    assert section([document]).count("\n| ") == 1 + len(document["rows"])
+
+
+@pytest.mark.parametrize("name", ["lora_group", "lora_mlp"])
+def test_one_op_saves_fewer_bytes_than_layer_by_layer(name, tmp_path):
+    result = tmp_path / "out.json"
+    bench.app([name, "--tiny", "--dropout", "0", "--dtype", "fp32", "--repeats", "1", "--json", str(result)])
+    rows = [row["bytes"] for row in harness.read(result)["rows"]]
+    by_name = [{name: size["saved"] for name, size in row.items()} for row in rows]
+    for saved in (saved for saved in by_name if "stock" in saved):
+        # without dropout x is one tensor for all siblings; a block saves no h
+        assert saved["peft_fast"] <= saved["layer by layer"] - (name == "lora_mlp") and saved["peft_fast"] > 0
 
 
 def test_dropout_saves_fewer_bytes_than_stock(tmp_path):
@@ -36,7 +55,7 @@ def test_dropout_saves_fewer_bytes_than_stock(tmp_path):
     assert saved["frozen"] == 0 < saved["peft_fast"] < saved["stock bf16"] < saved["stock"]
 
 
-@pytest.mark.parametrize("name", ["lora_linear", "train_step"])
+@pytest.mark.parametrize("name", EVERYONE)
 def test_gate_only(name, capsys):
     args = [name, "--tiny", "--gate-only", "--dtype", "fp32", "--dropout", "0,0.1"]
     assert bench.app([*args, *(["--model", "gpt2-like"] if name == "train_step" else [])]) == 0
@@ -54,6 +73,29 @@ def test_a_refused_provider_is_exit_status_one(monkeypatch, capsys):
     assert "provider 'addmm'" in out and "A/A" not in out
 
 
+def test_siblings_that_swap_their_masks_are_refused(monkeypatch, capsys):
+    from peft_fast import ops
+
+    real = ops.lora_group
+
+    def swapped(x, siblings, **how):
+        first, second, *rest = siblings
+        ys = real(x, [second, first, *rest], **how)
+        return ys[1], ys[0], *ys[2:]
+
+    monkeypatch.setattr(ops, "lora_group", swapped)
+    assert bench.app(["lora_group", "--tiny", "--dropout", "0.1", "--gate-only"]) == 1
+    assert "provider 'peft_fast'" in capsys.readouterr().out
+
+
+def test_a_model_without_groups_and_blocks_is_not_called_joined(monkeypatch, capsys):
+    from peft_fast import settings
+
+    with settings.override(groups=False, blocks=False):
+        assert bench.app(["train_step", "--tiny", "--model", "llama-like", "--dtype", "fp32", "--gate-only"]) == 1
+    assert "14 adapted layers ran as 14 ops" in capsys.readouterr().out
+
+
 def test_a_model_that_is_not_fast_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(train_step, "accelerate", lambda model: None)
     assert bench.app(["train_step", "--tiny", "--model", "llama-like", "--dtype", "fp32"]) == 1
@@ -64,7 +106,7 @@ def test_a_model_that_is_not_fast_is_refused(monkeypatch, capsys):
     "args, error, words",
     [
         (["lora_liner"], UnsupportedError, "did you mean lora_linear?"),
-        (["nonsense"], UnsupportedError, "lora_linear, train_step, table"),
+        (["nonsense"], UnsupportedError, "lora_embedding, train_step, smollm2, table"),
         (["train_step", "--model", "bert"], UnsupportedError, "bert-base-like, gpt2-like, llama-like"),
         (["lora_linear", "--dtype", "bf61"], UnsupportedError, "did you mean bf16?"),
         (["lora_linear", "--dropout", "1"], SettingsError, "from 0 to below 1"),
@@ -100,7 +142,7 @@ def test_deadline(capsys):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("scale", ["full", "quick", "tiny"])
-@pytest.mark.parametrize("module", [lora_linear, train_step])
+@pytest.mark.parametrize("module", [lora_linear, lora_group, lora_mlp, lora_embedding, train_step])
 def test_case_lists(module, scale, device):
     options = harness.Options(scale=scale, device=device)
     cases = module.cases(options)
@@ -119,6 +161,10 @@ def test_the_sizes_that_were_promised():
     squares = [c.settings for c in lora_linear.cases(full) if c.settings["model"] == "square"]
     assert {(s["M"], s["K"], s["N"], s["r"]) for s in squares} == {(2048, 2048, 2048, 16)}
     assert {s["r"] for c in lora_linear.cases(full) for s in [c.settings]} == {8, 16, 64}
+    groups = {c.settings["shape"] for c in lora_group.cases(full)}
+    assert {"512 × 768 → 768 + 768 + 768", "512 × 4096 → 4096 + 1024 + 1024"} <= groups  # grouped queries, too
+    blocks = {c.settings["shape"] for c in lora_mlp.cases(full)}
+    assert {"512 × 1024 → 2 × 2816 → 1024, silu, gated", "512 × 768 → 3072 → 768, gelu, plain, frozen"} <= blocks
 
 
 @pytest.mark.parametrize("family", sorted(train_step.MODELS))

@@ -110,7 +110,7 @@ def test_many_tokens_are_judged_by_the_first_and_the_last(monkeypatch, p, fast):
     monkeypatch.setattr(gate, "MOST_TOKENS", 32)
     seen, wide = [], []
     real = gate._formula
-    monkeypatch.setattr(gate, "_formula", lambda w, x, g, keep: (wide.append(len(x)), real(w, x, g, keep))[1])
+    monkeypatch.setattr(gate, "_formula", lambda f, ws, x, *rest: (wide.append(len(x)), real(f, ws, x, *rest))[1])
     lora, (x, g) = layer(torch.bfloat16, p, fast), inputs(torch.bfloat16)
     mask = gate.our_mask if fast else gate.torch_mask(torch.bfloat16)
     run = lambda x: (seen.append(len(x)), lora(x))[1]  # noqa: E731

@@ -22,7 +22,8 @@ def dry_run(tmp_path_factory, root):
     """One dry run for all tests here: (finished process, folder)."""
     out = tmp_path_factory.mktemp("gpu")
     environment = {**os.environ, "PEFT_FAST_GPU_DRY_RUN": "1", "OUT": str(out), "PYTHON": sys.executable}
-    command = ["bash", str(root / "benchmarks" / "gpu.sh")]
+    # the share of a step is that of a GPU: a slow CPU gets more than nine minutes
+    command = ["bash", str(root / "benchmarks" / "gpu.sh"), "--minutes", "30"]
     return subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True), out
 
 
@@ -33,20 +34,21 @@ def test_dry_run_leaves_a_record_a_page_a_log_and_pictures(dry_run, root):
     record = harness.read(path)
     status = {step["name"]: step["status"] for step in record["steps"]}
     assert list(status) == NAMES and "failed" not in status.values()
-    ran = {"plans", "doctor", "gate", "contract", "ops", "memcheck", "lora_linear", "train_step"}
+    ran = {"plans", "doctor", "gate", "contract", "ops", "memcheck", "lora_linear", *shapes.OPS, "train_step"}
     assert {name for name, word in status.items() if word == "ok"} >= ran
     assert set(record["plans"]) and {found["verdict"] for found in record["plans"].values()} == {plans.RUNS}
     assert all(row["settings"]["gated_tokens"] == row["settings"]["M"] for row in record["runs"][0]["rows"])
     assert {target["verdict"] for target in record["targets"]} == {"not measured"}
     notes = {step["name"]: step["note"] for step in record["steps"]}
     assert all("passed" in notes[name] for name in ("contract", "ops")) and "unsloth" in notes["peers"]
-    assert [run["bench"] for run in record["runs"]] == ["lora_linear", "train_step"]
-    assert all(run["rows"] for run in record["runs"])
-    assert path.with_suffix(".log").stat().st_size > 1000 and len(list(out.glob("*.png"))) == 2
+    assert int(notes["contract"].split()[0]) >= (3 if TRITON else 1) * len(steps.A_FEW)
+    assert [run["bench"] for run in record["runs"]] == ["lora_linear", *shapes.OPS, "train_step"]
+    assert all(run["rows"] and not run["refused"] for run in record["runs"])
+    assert path.with_suffix(".log").stat().st_size > 1000 and len(list(out.glob("*.png"))) == 5
     page = path.with_suffix(".md").read_text()
     assert "dry run" in page and "torch, augmented" in page and "| contract | ok |" in page
     assert not any(str(root) in text or str(out) in text for text in (path.read_text(), page))
-    assert sorted(p.suffix for p in out.iterdir()) == [".json", ".log", ".md", ".png", ".png"]
+    assert sorted(p.suffix for p in out.iterdir()) == [".json", ".log", ".md", *[".png"] * 5]
 
 
 def test_dry_run_shows_steps_and_targets(dry_run):
@@ -187,7 +189,7 @@ def test_the_contract_really_asks_for_the_gpu(tmp_path, root, name, variable):
     step = on_a_gpu(tmp_path)[name]
     command = [word for word in step.command if word not in ("-n", str(min(steps.MOST_WORKERS, machine.cores())))]
     environment = {**os.environ, **(step.extra if variable else {})}
-    few = [sys.executable, *command, "-k", "f32-rank_16-torch or manual_seed"]
+    few = [sys.executable, *command, "-k", "torch-accumulate-lora_linear-f32-rank_16 or manual_seed"]
     done = subprocess.run(few, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and "CUDA" in done.stdout, done.stdout[-2000:]
 
@@ -196,7 +198,7 @@ def test_a_broken_plan_is_left_out_of_what_follows(tmp_path, monkeypatch):
     monkeypatch.setattr(steps.shutil, "which", lambda name: None)
     ends = {name: steps.without(step, ["cuda fused", "triton fused"]) for name, step in on_a_gpu(tmp_path).items()}
     assert ends["contract"] == ends["ops"] == ["-k", "not cuda-fused and not triton-fused"]
-    for name in ("gate", "lora_linear", "peers", "memcheck", "racecheck"):
+    for name in ("gate", "lora_linear", *shapes.OPS, "peers", "memcheck", "racecheck"):
         assert ends[name] == ["--without", "cuda fused,triton fused"]
     assert steps.without(on_a_gpu(tmp_path)["racecheck"], []) == ["--without", "cuda fused"]
     assert ends["build"] == ends["doctor"] == ends["train_step"] == []
@@ -255,6 +257,16 @@ def test_the_plans_begin_with_what_is_large_and_measured(monkeypatch):
     assert [call[4:9] for call in seen[:large]] == [tuple(size) for size in sanitize.LARGE]
     assert {call[2] for call in seen[:large]} == {lora_linear.DTYPES["bf16"]}
     assert {call[:2] for call in seen} == {("cuda", "fused")} and len(seen) == large + 2 * len(sanitize.CALLS)
+    assert {call[-1] for call in seen} == {"lora_linear"}  # the only op that cuda has
+
+
+def test_a_plan_is_tried_with_every_op_it_has(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sanitize, "watched", lambda device, without: [("triton", "fused")])
+    monkeypatch.setattr(sanitize, "once", lambda *call: seen.append(call) or "")
+    assert sanitize.main(["--plan", "triton fused"]) == 0
+    assert {call[-1] for call in seen} == {"lora_linear", *shapes.OPS}
+    assert seen[len(sanitize.LARGE)][4:9] == sanitize.LARGE[-1] and seen[len(sanitize.LARGE)][-1] == "lora_group"
 
 
 @pytest.mark.parametrize("backend, waits", [("triton", 1), ("cuda", 2)])
@@ -461,7 +473,7 @@ def test_too_large_a_model_is_tried_with_half_the_layers():
 def test_the_sanitizers_subset_runs_every_plan(capsys):
     assert sanitize.main(["--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert out.count("torch accumulate") == out.count("torch augmented") == 2 * len(sanitize.CALLS)
+    assert out.count("torch accumulate") == out.count("torch augmented") == 2 * (len(sanitize.CALLS) + len(shapes.OPS))
     assert sanitize.main(["--device", "cpu", "--minutes", "0"]) == 0
     assert "the time ended after 0 of" in capsys.readouterr().out
     assert "ran" in out and "Error" not in out

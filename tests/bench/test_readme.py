@@ -108,7 +108,9 @@ def document(ratio):
 
 
 def test_render_rewrites_only_between_the_markers(tmp_path):
-    text = "a\n<!-- bench:start -->\nold\n<!-- bench:end -->\nb\n<!-- layer:start --><!-- layer:end -->c"
+    text = "a\n<!-- bench:start -->\nold\n<!-- bench:end -->\nb\n"
+    text += "".join(f"<!-- {n}:start --><!-- {n}:end -->" for n in table.SECTIONS if n not in ("bench", "layer"))
+    text += "<!-- layer:start --><!-- layer:end -->c"
     for bench in ("train_step", "lora_linear"):
         harness.write(tmp_path / f"{bench}.json", {**document(1.25), "bench": bench})
     harness.write(tmp_path / "quick.json", {**document(9.99), "bench": "train_step", "scale": "quick"})
@@ -117,6 +119,13 @@ def test_render_rewrites_only_between_the_markers(tmp_path):
     assert "**1.60×** [1.60, 1.60] | 3 → 1 |" in new and "**1.25 / 1.25**" in new and "old" not in new
     assert "9.99" not in new and "†" not in new
     assert table.render(new, table.documents(tmp_path)) == new
+
+
+def test_runs_of_one_machine_and_day_share_a_table():
+    runs = [{**document(ratio), "bench": "lora_linear"} for ratio in (1.25, 1.5)]
+    assert table.lora_linear(runs).count("<sub>") == 1 and table.lora_linear(runs).count("\n| 1 × 2 × 3") == 2
+    runs[1]["machine"]["date"] = "2026-02-01"
+    assert table.lora_linear(runs).count("<sub>") == 2
 
 
 def test_a_noisy_row_is_marked():

@@ -33,18 +33,36 @@ def document(bench, *rows):
 @pytest.mark.parametrize(
     "rows, words",
     [
-        ([], "?? ?? ?? ?"),
-        ([layer_row(1.05)], "++ +? +? +"),
-        ([layer_row(1.05), layer_row(1.08, p=0.0)], "+- -? +? +"),
-        ([layer_row(1.05), layer_row(1.2, M=512)], "++ -? +? +"),
-        ([layer_row(1.05), layer_row(1.2, r=256)], "++ +? +? +"),
-        ([layer_row(1.2, stock=1.1)], "-- -? -? -"),
+        ([], "?? ??? ??? ?? ?"),
+        ([layer_row(1.05)], "++ +?? +?? ?? +"),
+        ([layer_row(1.05), layer_row(1.08, p=0.0)], "+- -?? +?? ?? +"),
+        ([layer_row(1.05), layer_row(1.2, M=512)], "++ -?? +?? ?? +"),
+        ([layer_row(1.05), layer_row(1.2, r=256)], "++ +?? +?? ?? +"),
+        ([layer_row(1.2, stock=1.1)], "-- -?? -?? ?? -"),
     ],
 )
 def test_targets(rows, words):
     word = {"+": "met", "-": "missed", "?": "not measured"}
     found = [target.word for target in targets.judge([document("lora_linear", *rows)])]
     assert found == [word[letter] for letter in words.replace(" ", "")]
+
+
+@pytest.mark.parametrize("alone, words", [(1.2, "++"), (1.1, "+-")])
+def test_targets_of_joined_layers(alone, words):
+    """A Llama layer, and an op over siblings, beside the same layer by layer."""
+    rows = {}
+    for bench, settings in (("train_step", {"model": shapes.LAYER}), ("lora_group", {"shape": "8 × 8 → 4 + 4"})):
+        row = layer_row(1.15, stock=1.3)
+        row["providers"]["layer by layer"] = figures(alone, alone)
+        row["settings"] = {"model": "toy", "p": 0.05, **settings}
+        rows[bench] = document(bench, row)
+    found = {target.name: target for target in targets.judge(list(rows.values()))}
+    assert found["adapted / frozen, a Llama-3-8B layer"].word == "missed"
+    assert found["adapted / frozen, a whole model forward and backward"].word == "not measured"
+    assert found["never slower than stock: groups, blocks, embeddings"].word == "met"
+    for name in ("groups and blocks", "training steps"):
+        assert (found[f"never slower than layer by layer: {name}"].word == "met") == (words == "++")
+    assert "8 × 8 → 4 + 4 p=0.05" in found["never slower than layer by layer: groups and blocks"].found
 
 
 def test_toy_sizes_measure_nothing():
@@ -61,7 +79,7 @@ def test_a_target_names_the_worst_row():
     found = targets.judge([document("lora_linear", layer_row(1.04), layer_row(1.3)), document("train_step", step)])
     assert found[0].found == "1 of 2; worst 1.300 (peft_fast, 8192×4096×4096 r=16 p=0.05)"
     assert found[3].found == "worst 1.100 (peft_fast, llama-3-8b-like p=0)" and found[3].word == "missed"
-    assert found[5].found == "0 of 1; least 0.923 (peft_fast, llama-3-8b-like p=0)"
+    assert found[7].found == "0 of 1; least 0.923 (peft_fast, llama-3-8b-like p=0)"
 
 
 def test_a_record_does_not_disturb_bench_table(tmp_path):

@@ -49,6 +49,15 @@ def test_movie_reviews_of_the_pinned_file(pinned):
     assert 0.45 < sum(y for _, y in task.test) / 1000 < 0.55
 
 
+def test_movie_texts_are_all_sentences_once(tmp_path):
+    path = tmp_path / "movies.tsv"
+    path.write_text("\n".join(f"{i}\t0.1\tSentence {i % 20}" for i in range(40)) + "\n41\t2\tsentence 3\n")
+    task = data.movie_texts(path, n_test=5)
+    assert task.names == [] and (len(task.train), len(task.test)) == (15, 5)
+    assert {text for text, _ in task.train + task.test} == {f"Sentence {i}" for i in range(20)}
+    assert data.movie_texts(path, n_test=5) == task
+
+
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "bom"])
 def test_files(tmp_path, kind):
     if kind == "jsonl":

@@ -41,6 +41,8 @@ def result() -> dict:
         "fast": ["encoder.0.query"],
         "slow": {"encoder.0.<key>": "hooks & such"},
         "handed_back": {"hooks & such": 12},
+        "groups": 6,
+        "blocks": 3,
     }
     recipe = {"model": "tiny", "dtype": "bf16", "r": 16, "dropout": 0.05, "keep_dropout": False, "batch": 32}
     return {
@@ -112,6 +114,7 @@ def test_page_shows_the_figures_and_escapes_names(result):
         assert shown in text, shown
     assert "rows &lt;b&gt;&amp;&lt;/b&gt; more" in text and "<b>&</b>" not in text
     assert "encoder.0.&lt;key&gt;" in text and "hooks &amp; such" in text
+    assert "6 groups of layers with one input and 3 MLP blocks" in text
 
 
 def test_the_verdict_says_what_is_true(result):
