@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peft_fast import settings
+from peft_fast import ops, settings
 from peft_fast.backends.triton import lora_linear, tuning
 from peft_fast.kernels import skinny, split, tiles
 from peft_fast.ops import Adapter, draw_seed, dropout_mask
@@ -232,6 +232,6 @@ def test_a_kernel_that_fails_falls_back_with_its_reason(provider, monkeypatch):
 
 def test_settings_take_it_by_name(provider):
     with settings.override(backend="triton"):
-        y = numerics.lora_linear(torch.ones(2, 8), torch.ones(4, 8))
+        y = ops.lora_linear(torch.ones(2, 8), torch.ones(4, 8))
     assert torch.equal(y, torch.full((2, 4), 8.0))
     assert dropout_mask(torch.tensor(3), 5, 9, 0.5).shape == (5, 9)
