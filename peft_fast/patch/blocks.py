@@ -150,6 +150,8 @@ def plan_of(module: nn.Module, block: tuple) -> Plan | str:
         return "its layers have different dtypes"
     if not adapted and any(s is not None and s.W.requires_grad for s in siblings):
         return "it has no adapters, and its weights are trained"
+    if not adapted and gate is None and not halves:
+        return "it has no adapters and no gate: torch saves as little, and is faster"
     activation = act[1:] if act.startswith("=") else _activation(children[act])
     if not activation:
         return f"its activation is a {type(children[act]).__name__}, or one with hooks"

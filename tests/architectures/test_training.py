@@ -64,7 +64,8 @@ def test_the_layers_that_peft_chooses(name):
     assert set(report.fast) == set(structure.lora_layers(ours))
     found = {" ".join(sorted(layer.rpartition(".")[2] for layer in group)) for group in report.groups}
     assert found == set(filter(None, [CHOSEN[name]]))
-    blocks = architecture.expected_blocks(ours)
+    # a frozen block runs as one only where that saves memory: with a gate
+    blocks = architecture.expected_blocks(ours) if name in ("Llama", "Gemma3") else set()
     assert set(report.blocks) == blocks and report.block_calls == len(blocks) * len(data)
 
 
