@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from peft_fast.backends.torch.lora_linear import rows, weight_gradient
 from peft_fast.ops.packing import packed
 
 
@@ -19,13 +20,9 @@ def backward(g, x, W, bias, A, B, H, seed, spec, needs):
     dx, dA, dB, dbias = torch.ops.peft_fast.lora_linear_backward(
         g, x, W, A, B, H, seed, *_plain(spec), list(needs), spec.dx_dtype == torch.float32, weight
     )
-    dW = None
-    if needs[1]:
-        x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        dW = (x2.t() @ g2 if spec.transposed else g2.t() @ x2).to(W.dtype)
     return (
         dx if needs[0] else None,
-        dW,
+        weight_gradient(rows(x), rows(g), W, spec.transposed) if needs[1] else None,
         dbias.to(bias.dtype) if needs[2] else None,
         dA if needs[3] else None,
         dB if needs[4] else None,

@@ -92,9 +92,9 @@ def run_backward(g, x, W, bias, A, B, H, seed, spec, needs):
     if needs[3]:
         dA = ops.lora_outer(D, x2, A, seed, ranks, spec.ps, False)
     if needs[1]:
-        dW = (x2.t() @ g2 if spec.transposed else g2.t() @ x2).to(W.dtype)
+        dW = vendor.weight_gradient(x2, g2, W, spec.transposed)
     if needs[2]:
-        dbias = g2.sum(0, dtype=torch.float32).to(bias.dtype)
+        dbias = vendor.bias_gradient(g2, bias)
     return dx, dW, dbias, dA, dB
 
 
