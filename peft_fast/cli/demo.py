@@ -37,7 +37,7 @@ def app(args: list[str], prog_name: str = "python -m peft_fast demo") -> int:
     began = time.perf_counter()
     folder = _folder(given.out)
     recipe, task = _prepare(given, console)
-    from peft_fast.train.compare import compare
+    from peft_fast.demo.compare import compare
 
     turn = QUICK["turn"] if given.quick else TURN
     with _watch(console) as watch:
@@ -131,8 +131,9 @@ def _folder(path: Path) -> Path:
 
 def _prepare(given: argparse.Namespace, console: Any) -> tuple[Any, Any]:
     """The recipe and the rows, fetched where needed."""
-    from peft_fast.train import data, fetch
-    from peft_fast.train.finetune import Recipe
+    from peft_fast.demo import data
+    from peft_fast.demo.finetune import Recipe
+    from peft_fast.recipes import fetch
 
     cache, network = settings.get().cache_dir, not given.no_network
 
@@ -246,7 +247,8 @@ class _watch:
 
 def write(result: dict[str, Any], folder: Path) -> None:
     """report.html, demo.png and demo.json (strict: what is not finite is null)."""
-    from peft_fast.cli import page, picture
+    from peft_fast.pages import demo as page
+    from peft_fast.pages import picture
 
     (folder / "demo.json").write_text(json.dumps(_finite(result), indent=1) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(page.build(result), encoding="utf-8")
@@ -265,7 +267,7 @@ def show(result: dict[str, Any], console: Any, folder: Path) -> None:
     """The result on the terminal."""
     from rich.table import Table
 
-    from peft_fast.cli import digest
+    from peft_fast.pages import digest
 
     console.print(f"\n{digest.what(result)}\n{digest.where(result)}", style="dim", soft_wrap=True)
     table = Table()

@@ -5,9 +5,9 @@ import torch
 
 from peft_fast.benchmarks import harness, smollm2, table
 from peft_fast.cli import bench
+from peft_fast.demo.data import Task
+from peft_fast.demo.finetune import FAST, STOCK, blocks
 from peft_fast.errors import DataError, SettingsError, UnsupportedError
-from peft_fast.train.data import Task
-from peft_fast.train.finetune import FAST, STOCK, blocks
 
 WORDS = "the a film plot actor scene is was very not good bad dull bright warm cold long short loud calm".split()
 

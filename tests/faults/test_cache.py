@@ -8,7 +8,7 @@ import zipfile
 import pytest
 
 from peft_fast.errors import DataError
-from peft_fast.train import fetch
+from peft_fast.recipes import fetch
 
 CONTENT = b"the pinned words\n"
 

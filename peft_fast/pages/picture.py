@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peft_fast.cli import digest
+from peft_fast.pages import digest
 
 STOCK, FAST, INK, SOFT, LINE = "#d1761e", "#1f5fa8", "#1c2330", "#5b6472", "#dfe4ea"
 PHASE_COLOURS = dict(zip(digest.PHASES, ("#2c6fbb", "#7a8798", "#c2a83e", "#b8457b"), strict=True))

@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from peft_fast.cli import charts, digest, page, picture
+from peft_fast.pages import charts, digest, picture
+from peft_fast.pages import demo as page
 
 GROUPS = {"peft_fast operators": 4.0, "matrix products": 9.0, "the rest": 2.0}
 

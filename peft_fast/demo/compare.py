@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from peft_fast import errors
+from peft_fast.demo.data import Task
+from peft_fast.demo.finetune import FAST, STOCK, Recipe
 from peft_fast.errors import UnsupportedError, fail
-from peft_fast.train.data import Task
-from peft_fast.train.finetune import FAST, STOCK, Recipe
 
 # the worker imports from where this process does, wherever the package was found
-START = "import sys; sys.path[:] = {path!r}; from peft_fast.train.worker import main; main()"
+START = "import sys; sys.path[:] = {path!r}; from peft_fast.demo.worker import main; main()"
 
 
 class Contender:

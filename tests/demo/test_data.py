@@ -5,8 +5,9 @@ import json
 
 import pytest
 
+from peft_fast.demo import data
 from peft_fast.errors import DataError
-from peft_fast.train import data, fetch
+from peft_fast.recipes import fetch
 
 from .conftest import sentences
 

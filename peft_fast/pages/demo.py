@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from peft_fast.cli import charts, digest
+from peft_fast.pages import charts, digest
+from peft_fast.pages.html import document, escape, figure, names, table
 
-STYLE = Path(__file__).with_suffix(".css")
 LOSS = (
     "Training loss by step, from the same seed and on the same batches. Thick: mean of the last steps. "
     "The dropout masks differ, so the curves agree in course, not digit by digit."
@@ -42,47 +39,37 @@ def build(result: dict[str, Any]) -> str:
     fast = result["runs"]["peft_fast"]
     body = [
         f"<h1>The same LoRA fine-tuning, {digest.speedup(result)}</h1>",
-        f'<p>{_e(digest.what(result))}</p><p class="soft">{_e(digest.where(result))}</p>',
+        f'<p>{escape(digest.what(result))}</p><p class="soft">{escape(digest.where(result))}</p>',
         _cards(result),
         "<h2>Results</h2>",
-        _table(("", "stock PEFT", "peft_fast", "ratio"), digest.rows(result), numbers=(1, 2, 3)),
-        f'<p class="soft">{_e(digest.verdict(result))}</p>',
+        table(("", "stock PEFT", "peft_fast", "ratio"), digest.rows(result), numbers=(1, 2, 3)),
+        f'<p class="soft">{escape(digest.verdict(result))}</p>',
         "<h2>The same learning</h2>",
-        _figure(_losses(both), LOSS),
+        figure(_losses(both), LOSS),
         "<h2>Speed</h2>",
-        _figure(
+        figure(
             _bars(both, "tokens_per_second", 1, "tokens/s", charts.WIDE),
             "Training speed; padding is not counted.",
         ),
-        _figure(_turns(both), TURNS),
+        figure(_turns(both), TURNS),
         "<h2>Memory</h2>",
         '<div class="two">',
-        _figure(_bars(both, "saved_bytes", 2**20, "MiB"), "Kept by autograd from forward to backward, one batch."),
-        _figure(
+        figure(_bars(both, "saved_bytes", 2**20, "MiB"), "Kept by autograd from forward to backward, one batch."),
+        figure(
             _bars(both, "peak_resident_bytes", 2**20, "MiB"),
             "Peak resident memory of the process while it trained.",
         ),
         "</div>",
         "<h2>Where the time goes</h2>",
-        _figure(_phases(result), "Milliseconds a step, measured while training."),
-        _figure(charts.stacks([(name, run["ops_ms"]) for name, _, run in both], "ms", "time by operators"), OPS),
+        figure(_phases(result), "Milliseconds a step, measured while training."),
+        figure(charts.stacks([(name, run["ops_ms"]) for name, _, run in both], "ms", "time by operators"), OPS),
         "<h2>Which layers are fast</h2>",
         _layers(fast),
         "<h2>How this was measured</h2>",
-        f"<p>{_e(METHOD)}{_e('' if result['recipe']['keep_dropout'] else NO_DROPOUT)}</p>",
+        f"<p>{escape(METHOD)}{escape('' if result['recipe']['keep_dropout'] else NO_DROPOUT)}</p>",
         _facts(result),
     ]
-    head = (
-        f'<meta charset="utf-8"/><title>peft_fast demo: {_e(digest.speedup(result))}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        f"<style>{STYLE.read_text(encoding='utf-8')}</style>"
-    )
-    content = "\n".join(body)
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{content}</body></html>\n'
-
-
-def _e(text: object) -> str:
-    return html.escape(str(text))
+    return document(f"peft_fast demo: {digest.speedup(result)}", body)
 
 
 def _cards(result: dict[str, Any]) -> str:
@@ -103,28 +90,15 @@ def _cards(result: dict[str, Any]) -> str:
             "",
         ),
     ]
-    made = (f'<div class="card{css}"><b>{_e(big)}</b>{_e(text)}</div>' for big, text, css in cards)
+    made = (f'<div class="card{css}"><b>{escape(big)}</b>{escape(text)}</div>' for big, text, css in cards)
     return f'<div class="cards">{"".join(made)}</div>'
-
-
-def _table(head: Sequence[str], body: Iterable[Sequence[object]], numbers: Sequence[int] = ()) -> str:
-    def row(cells: Sequence[object], tag: str) -> str:
-        css = [' class="n"' if i in numbers else "" for i in range(len(cells))]
-        return "<tr>" + "".join(f"<{tag}{c}>{_e(cell)}</{tag}>" for c, cell in zip(css, cells, strict=True)) + "</tr>"
-
-    top = row(head, "th") if head else ""
-    return f'<div class="scroll"><table>{top}{"".join(row(cells, "td") for cells in body)}</table></div>'
-
-
-def _figure(drawing: str, caption: str) -> str:
-    return f'<figure><div class="scroll">{drawing}</div><figcaption>{_e(caption)}</figcaption></figure>'
 
 
 Both = list[tuple[str, str, dict[str, Any]]]  # title, css class, figures
 
 
 def _key(both: Both) -> str:
-    return "<p>" + " · ".join(f'<span class="key {css}">{_e(name)}</span>' for name, css, _ in both) + "</p>"
+    return "<p>" + " · ".join(f'<span class="key {css}">{escape(name)}</span>' for name, css, _ in both) + "</p>"
 
 
 def _losses(both: Both) -> str:
@@ -158,17 +132,13 @@ def _layers(fast: dict[str, Any]) -> str:
     joined = f"{fast['groups']} groups of layers with one input and {fast['blocks']} MLP blocks run as one each."
     parts = [f"<p>{len(fast['fast'])} LoRA layers take the fast path; {len(fast['slow'])} stay with PEFT. {joined}</p>"]
     for reason, layers in reasons.items():
-        parts.append(f"<p>{len(layers)} with PEFT: {_e(reason)}</p>{_names(layers)}")
+        parts.append(f"<p>{len(layers)} with PEFT: {escape(reason)}</p>{names(layers)}")
     handed = [(f"{count:,}", reason) for reason, count in fast["handed_back"].items()]
     if handed:
-        parts.append(_table(("calls handed back", "why"), handed))
+        parts.append(table(("calls handed back", "why"), handed))
     if fast["fast"]:
-        parts.append(f"<details><summary>the fast layers</summary>{_names(fast['fast'])}</details>")
+        parts.append(f"<details><summary>the fast layers</summary>{names(fast['fast'])}</details>")
     return "".join(parts)
-
-
-def _names(layers: Sequence[str]) -> str:
-    return f"<pre>{_e(chr(10).join(layers))}</pre>"
 
 
 def _facts(result: dict[str, Any]) -> str:
@@ -186,6 +156,6 @@ def _facts(result: dict[str, Any]) -> str:
     system += [(key, value) for key, value in found["peft_fast"].items() if not isinstance(value, bool)]
     system += list(found["packages"].items())
     both = (("Recipe", recipe), ("Machine and versions", system))
-    tables = "".join(f"<div><h2>{title}</h2>{_table((), facts)}</div>" for title, facts in both)
+    tables = "".join(f"<div><h2>{title}</h2>{table((), facts)}</div>" for title, facts in both)
     end = f"{result['wall_seconds']:.0f} s in all, with loading and evaluation. Every number is in demo.json."
     return f'<div class="two">{tables}</div><p class="soft">{end}</p>'

@@ -22,9 +22,9 @@ import time
 import traceback
 from typing import Any
 
+from peft_fast.demo.data import Task
+from peft_fast.demo.finetune import FAST, Meter, Recipe, trainer
 from peft_fast.errors import PeftFastError
-from peft_fast.train.data import Task
-from peft_fast.train.finetune import FAST, Meter, Recipe, trainer
 
 
 class Wire:
@@ -56,7 +56,7 @@ class Turns:
         self.until, self.cpu, self.peak = 0, 0.0, 0
 
     def __call__(self, step: int, last: int) -> None:
-        from peft_fast.train import measure
+        from peft_fast.demo import measure
 
         if step not in (0, self.until):
             return
@@ -84,7 +84,7 @@ class Turns:
 def work(wire: Wire) -> None:
     import torch
 
-    from peft_fast.train import measure
+    from peft_fast.demo import measure
 
     setup = wire.receive()
     recipe = Recipe(**setup["recipe"])

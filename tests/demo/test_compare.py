@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from peft_fast.cli import demo
+from peft_fast.demo import compare, data
+from peft_fast.demo.finetune import Recipe, load_model
 from peft_fast.errors import DataError, SettingsError, UnsupportedError
-from peft_fast.train import compare, data
-from peft_fast.train.finetune import Recipe, load_model
 
 
 def quick(model: str, rows: str, out, *more: str) -> list[str]:

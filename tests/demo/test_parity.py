@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import peft_fast
-from peft_fast.train import data, fetch
-from peft_fast.train.finetune import Recipe, encode, load_model
+from peft_fast.demo import data
+from peft_fast.demo.finetune import Recipe, encode, load_model
+from peft_fast.recipes import fetch
 
 from .conftest import sentences
 

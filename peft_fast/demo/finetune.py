@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft_fast.demo.data import Task
 from peft_fast.errors import DataError, UnsupportedError, fail
-from peft_fast.train.data import Task
 
 DTYPES = ("bf16", "fp32")
 STOCK, FAST = "stock", "peft_fast"
