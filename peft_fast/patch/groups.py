@@ -87,9 +87,14 @@ class Pending:
         self.ends = [weakref.ref(layer, slot.drop) for layer in group.layers()]
 
 
+# of every thread: what autograd's left in theirs counts as well
+_slots: weakref.WeakSet[Slot] = weakref.WeakSet()
+
+
 class _Local(threading.local):
     def __init__(self) -> None:
         self.slots = Slot(), Slot()
+        _slots.update(self.slots)
         self.records: weakref.WeakKeyDictionary[nn.Module, list[Record]] = weakref.WeakKeyDictionary()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -76,3 +77,22 @@ def forget(layers: Iterable[nn.Module]) -> None:
     """Drops the counts of some layers; the process keeps its own."""
     for layer in layers:
         _layers.pop(layer, None)
+
+
+def state(names: Mapping[nn.Module, str]) -> dict[str, Any]:
+    """The counts of the named modules, as JSON."""
+    return {
+        name: [tally.fast, tally.groups, tally.blocks, dict(tally.handed_back)]
+        for module, name in names.items()
+        if (tally := _layers.get(module)) is not None
+    }
+
+
+def restore(modules: Mapping[str, nn.Module], saved: Mapping[str, Any]) -> None:
+    """Makes the counts of ``modules`` the saved ones; the process keeps its own."""
+    forget(modules.values())
+    for name, (fast, grouped, blocks, handed_back) in saved.items():
+        if name in modules:
+            tally = _tally(modules[name])
+            tally.fast, tally.groups, tally.blocks = fast, grouped, blocks
+            tally.handed_back.update(handed_back)

@@ -14,13 +14,17 @@ gc.collect()
 gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def untouched_peft():
-    assert plan.Linear.forward is plan.stock_linear
-    with settings.override(quiet=True, disable=False, exact=False):
-        yield
+def _reset():
     plan.Linear.forward = plan.stock_linear
     switch._uninstall()
     marks.state.__init__()
+
+
+@pytest.fixture(autouse=True)
+def untouched_peft():
+    _reset()  # a test elsewhere may keep a model that it trained
+    with settings.override(quiet=True, disable=False, exact=False):
+        yield
+    _reset()
     assert plan.Embedding.forward is plan.stock_embedding
     gc.collect()  # marked layers of this test must not keep the guard in use in the next
