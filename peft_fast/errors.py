@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -33,8 +35,17 @@ class DataError(PeftFastError, ValueError):
     """Input data (files, rows, columns) that cannot be used."""
 
 
+class CheckpointError(PeftFastError, OSError):
+    """A checkpoint that could not be written: a full disk, no permission."""
+
+
 class BuildError(PeftFastError, RuntimeError):
     """The extension could not be built or loaded."""
+
+
+def program() -> str:
+    """How this program is started, for messages that say what to run: as it was, and else as always works."""
+    return "peft-fast" if Path(sys.argv[0]).stem == "peft-fast" else "python -m peft_fast"
 
 
 def fail(cls: type[PeftFastError], given: str, need: str, do: str, cause: BaseException | None = None) -> NoReturn:

@@ -20,7 +20,12 @@ PARTS = {
     **{plan: ["test_contract.py", "-k", f"triton-{plan}"] for plan in BACKEND_PLANS["triton"]},
     # what every backend is asked, of this one
     "autograd": ["../../ops/test_autograd.py", "../../ops/test_dropout.py", "-k", "triton"],
-    "relations": ["../../ops/test_metamorphic.py", "-k", "triton and bf16_f32_adapters"],
+    # where a bad number goes does not depend on the plan
+    "relations": [
+        "../../ops/test_metamorphic.py",
+        "-k",
+        "triton and bf16_f32_adapters and not (bad_token and accumulate)",
+    ],
     "compiled": ["../../ops/test_compile.py", "-k", "triton"],
 }
 
