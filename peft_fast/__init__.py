@@ -17,6 +17,7 @@ _WHERE = {
     "fast_calls": "peft_fast.ops",
     "lora_linear": "peft_fast.ops",
     "Adapter": "peft_fast.ops",
+    "train": "peft_fast.recipes.run",
 }
 __all__ = ["__version__", *_WHERE]
 
