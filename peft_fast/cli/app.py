@@ -13,10 +13,16 @@ import shutil
 import sys
 import textwrap
 
-from peft_fast.errors import PeftFastError, UnsupportedError, fail
+from peft_fast.errors import PeftFastError, UnsupportedError, fail, program
 
-PROG = "python -m peft_fast"
+PROG = program()
 COMMANDS = {
+    "train": "fine-tune a model: any of thirteen tasks, from a YAML file or flags",
+    "search": "try options of a fine-tuning, and keep the best",
+    "eval": "judge a finished run on other data",
+    "predict": "answer a text or a file of rows with a finished run",
+    "merge": "write a finished run's adapter into its model",
+    "compare": "set finished runs side by side, as a table and a plot",
     "doctor": "what is installed, which backends are live, and what to do about the others",
     "build": "compile the C++ kernels, with a log",
     "tune": "time the GPU kernels' tiles and plans on this GPU, and keep the fastest",
@@ -24,8 +30,12 @@ COMMANDS = {
     "demo": "fine-tune a real model twice, stock PEFT and peft_fast, and write a report",
     "bench": "time peft_fast against stock PEFT, the frozen model and full fine-tuning",
 }
+# command -> the extra that its packages come with
+EXTRAS = dict.fromkeys(("train", "search", "eval", "predict", "merge", "compare"), "train")
+EXTRAS |= {"bench": "bench", "demo": "demo"}
 EXAMPLES = (
     ("doctor", ""),
+    ("train", " sentiment.yaml"),
     ("run", " train.py --lr 1e-4"),
     ("bench", " train_step --quick"),
 )
@@ -53,7 +63,7 @@ def _command(name: str):
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == "peft_fast":
             raise
-        what = {"torch": "torch>=2.11"}.get(error.name, f"peft_fast[{name if name in ('bench', 'demo') else 'cli'}]")
+        what = {"torch": "torch>=2.11"}.get(error.name, f"peft_fast[{EXTRAS.get(name, 'cli')}]")
         do = f"run `pip install '{what}'`"
         fail(
             UnsupportedError,

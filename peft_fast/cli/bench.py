@@ -21,7 +21,8 @@ BENCHES = {
     "lora_embedding": "an adapted embedding",
     "train_step": "a whole fine-tuning step of BERT-, GPT-2- and Llama-like models",
     "smollm2": "a real fine-tuning of SmolLM2-135M: perplexity, tokens a second, memory",
-    "table": "write README's tables from benchmarks/results/*.json",
+    "methods": "head, LoRA, DoRA, gradual and full fine-tuning of one model: accuracy, minutes, memory",
+    "table": "write README's tables, and that of which-method.md, from benchmarks/results/*.json",
 }
 SCALES = {"quick": "about a minute, wider intervals", "tiny": "toy sizes: proves the path only"}
 
@@ -131,9 +132,9 @@ def _table(check: bool) -> int:
     table = importlib.import_module("peft_fast.benchmarks.table")
     in_sync = table.update(check=check)
     if check:
-        print("README.md is up to date" if in_sync else "README.md and the results differ: run `bench table`")
+        print("the pages are up to date" if in_sync else "a page and the results differ: run `bench table`")
         return 0 if in_sync else 1
-    print("README.md was up to date" if in_sync else "README.md rewritten from benchmarks/results")
+    print("the pages were up to date" if in_sync else "pages rewritten from benchmarks/results")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 Series = tuple[str, Sequence[float], Sequence[float]]  # css class, xs, ys
 WIDE, HALF = 860, 480  # drawn at about their own size in one and in two columns
@@ -31,13 +31,20 @@ def lines(
     label: str,
     height: int = 330,
     zero: bool = False,
+    width: int = WIDE,
+    marks: Sequence[tuple[float, str]] = (),
+    dots: Sequence[tuple[str, float, float, str]] = (),
 ) -> str:
-    """Curves over one another; a css class ending in "raw" is drawn faint."""
-    xs = [x for _, values, _ in series for x in values]
-    ys = [y for _, _, values in series for y in values if math.isfinite(y)] or [0.0]
+    """Curves over one another; a css class ending in "raw" is drawn faint, and what is not finite leaves a gap.
+
+    ``marks`` are upright lines with a word at the top, ``dots`` points with one beside them (css class, x, y, word).
+    """
+    xs = [x for _, values, _ in series for x in values] + [x for x, _ in marks] + [x for _, x, _, _ in dots] or [0.0]
+    ys = [y for _, _, values in series for y in values if math.isfinite(y)] + [y for _, _, y, _ in dots] or [0.0]
     x_ticks, y_ticks = ticks(min(xs), max(xs), 6), ticks(0.0 if zero else min(ys), max(ys))
     x0, x1, y0, y1 = min(xs), max(xs), y_ticks[0], y_ticks[-1]
-    left, right, top, bottom = 52, WIDE - 14, 26, height - 38
+    room = max(len(number(y)) for y in y_ticks)
+    left, right, top, bottom = max(52, 14 + 8 * room), width - 14, 26 + 18 * bool(marks), height - 38
 
     def px(x: float) -> float:
         return left + (x - x0) / ((x1 - x0) or 1) * (right - left)
@@ -51,11 +58,54 @@ def lines(
         parts.append(_text(left - 8, py(y) + 4, number(y), "end"))
     parts += [_text(px(x), bottom + 18, number(x), "mid") for x in x_ticks if x0 <= x <= x1]
     for css, values, heights in series:
-        known = [(x, y) for x, y in zip(values, heights, strict=True) if math.isfinite(y)]
-        points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in known)
-        parts.append(f'<polyline class="curve {css}" points="{points}"/>')
+        for piece in _pieces(values, heights):
+            points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in piece)
+            parts.append(f'<polyline class="curve {css}" points="{points}"/>')
+            if len(piece) == 1:  # a line of one point shows nothing
+                parts.append(f'<circle class="dot {css}" cx="{px(piece[0][0]):.1f}" cy="{py(piece[0][1]):.1f}" r="3"/>')
+    for css, x, y, text in dots:
+        parts.append(f'<circle class="dot {css}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="{4.5 if text else 3}"/>')
+        if not text:
+            continue
+        late, high = px(x) > (left + right) / 2, py(y) > top + 24
+        parts.append(_text(px(x) + (-8 if late else 8), py(y) + (-9 if high else 20), text, "strong " + "end" * late))
+    parts += _upright(marks, px, (left, right), (top, bottom))
     parts += [_text(right, height - 4, x_label, "end"), _text(2, 12, y_label)]
-    return _svg(parts, WIDE, height, label)
+    return _svg(parts, width, height, label)
+
+
+def _pieces(xs: Sequence[float], ys: Sequence[float]) -> list[list[tuple[float, float]]]:
+    """The points between gaps."""
+    pieces: list[list[tuple[float, float]]] = [[]]
+    for x, y in zip(xs, ys, strict=True):
+        if math.isfinite(y):
+            pieces[-1].append((x, y))
+        elif pieces[-1]:
+            pieces.append([])
+    return [piece for piece in pieces if piece]
+
+
+def _upright(
+    marks: Sequence[tuple[float, str]], px: Callable[[float], float], across: tuple[float, float], down: Sequence[float]
+) -> list[str]:
+    """Dashed lines; a word that would run into the one before it is left to the tool tip."""
+    parts, free = [], -math.inf
+    for at, text in sorted(marks):
+        x = px(at)
+        tip = f"<title>{html.escape(f'{text}, step {number(at)}')}</title>"
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{down[0]}" y2="{down[1]}">{tip}</line>')
+        long = 7.4 * len(text)
+        start = min(max(x - long / 2, across[0]), across[1] - long)
+        if start > free:
+            parts.append(_text(start, down[0] - 7, text))
+            free = start + long + 6
+    return parts
+
+
+def key(entries: Sequence[tuple[str, str]]) -> str:
+    """The legend of curves: (css class, name)."""
+    spans = (f'<span class="key {css}"><i></i>{html.escape(name)}</span>' for css, name in entries)
+    return f'<p class="legend">{" ".join(spans)}</p>'
 
 
 def bars(rows: Sequence[tuple[str, str, float, str]], label: str, width: int = WIDE) -> str:

@@ -35,7 +35,8 @@ def table(head: Sequence[str], body: Iterable[Sequence[object]], numbers: Sequen
 
 
 def figure(drawing: str, caption: str) -> str:
-    return f'<figure><div class="scroll">{drawing}</div><figcaption>{escape(caption)}</figcaption></figure>'
+    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f'<figure><div class="scroll">{drawing}</div>{below}</figure>'
 
 
 def names(layers: Sequence[str]) -> str:
