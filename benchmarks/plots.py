@@ -31,7 +31,28 @@ FARTHEST = 4.0  # multiples: what is slower is drawn at the edge of a picture of
 
 def draw(document: dict, path: Path) -> None:
     """The document as PNG (or whatever the suffix says)."""
+    if document["bench"] == "methods":
+        methods(document, path)
+        return
     (losses if any("runs" in row for row in document["rows"]) else ratios)(document, path)
+
+
+def methods(document: dict, path: Path) -> None:
+    """Accuracy over minutes of training, a dot for each method, as large as its memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for row in document["rows"]:
+        x, y = row["train_seconds"] / 60, 100 * row["test"]["accuracy"]
+        axes.scatter(x, y, s=row["peak_bytes"] / 2**20, alpha=0.6)
+        axes.annotate(row["title"], (x, y), textcoords="offset points", xytext=(6, 6))
+    axes.set(xlabel="minutes of training", ylabel="accuracy on the test rows, %", xlim=(0, None))
+    axes.set_title("area: peak memory", loc="left", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def losses(document: dict, path: Path) -> None:

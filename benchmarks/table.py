@@ -13,6 +13,7 @@ from . import harness, machine, peers
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+WHICH = ROOT / "peft_fast" / "recipes" / "docs" / "which-method.md"
 RESULTS = Path(__file__).resolve().parent / "results"
 TITLES = {
     "full": "full fine-tuning",
@@ -165,6 +166,45 @@ def _recipe(row: dict) -> str:
     )
 
 
+METHODS_HEAD = [
+    "method", "options", "weights that train", "accuracy, test", "minutes of training", "peak memory, MiB",
+    "forecast, MiB", "saved, MiB",
+]  # fmt: skip
+
+
+def methods(runs: list[dict]) -> str:
+    """Rows: a method. Figures: accuracy, minutes and memory of whole runs on the same rows."""
+    parts = []
+    for run in _of("methods", runs):
+        lines = [_cells(METHODS_HEAD), _cells(["---"] * len(METHODS_HEAD)), *map(_method_row, run["rows"])]
+        s, counts = run["rows"][0]["settings"], run["rows"][0]["rows"]
+        n = counts["test"]
+        accuracies = [row["test"]["accuracy"] for row in run["rows"]]
+        error = 100 * max((a * (1 - a) / n) ** 0.5 for a in accuracies)
+        facts = (
+            f"{s['model'].removeprefix('example:')} on {s['data'].removeprefix('example:')}: {counts['train']:,} rows, "
+            f"{s['epochs']:g} epochs of batches of {s['batch_size']}, {run['rows'][0]['model']['dtype']}, "
+            f"{s['threads']} threads; tested on {n:,} rows, of which {100 * run['rows'][0]['chance']:.1f} % have the "
+            f"most frequent label; the standard error of an accuracy is {error:.1f} points. Peak memory is the "
+            "process's, beyond what it held before the model was there; the forecast is that of --dry-run"
+        )
+        parts.append("\n".join([*lines, "", f"<sub>{facts}. {machine.line(run['machine'])}.</sub>"]))
+    return "\n\n".join(parts) or NONE.format(bench="methods")
+
+
+def _method_row(row: dict) -> str:
+    shown = {k: v for k, v in row["settings"].items() if k in METHOD_OPTIONS}
+    model, most = row["model"], (row["peak_bytes"], row["forecast_bytes"], row["result_bytes"])
+    share = f"{model['trainable']:,} ({100 * model['trainable'] / model['parameters']:.2g} %)"
+    peak, forecast, saved = (f"{size / 2**20:,.1f}" if size < 2**23 else f"{size / 2**20:,.0f}" for size in most)
+    options = ", ".join(f"{k} {v:g}" for k, v in shown.items())
+    accuracy = f"**{100 * row['test']['accuracy']:.1f} %**"
+    return _cells([row["title"], options, share, accuracy, f"{row['train_seconds'] / 60:.1f}", peak, forecast, saved])
+
+
+METHOD_OPTIONS = ("learning_rate", "loraplus_ratio", "layer_decay", "unfreeze_every", "unfreeze_layers")
+
+
 def _op_head(names: list[str]) -> list[str]:
     return ["shape", "dtype", "dropout", *(ALL[n] for n in names), _saved_head(names)]
 
@@ -265,14 +305,18 @@ SECTIONS = {
 }
 
 
-def render(text: str, runs: list[dict]) -> str:
-    """README's text with every marked part rewritten."""
-    for name, section in SECTIONS.items():
+# the same, of the page that compares methods
+WHICH_SECTIONS = {"methods": methods}
+
+
+def render(text: str, runs: list[dict], sections: dict[str, Callable] = SECTIONS) -> str:
+    """A page's text with every marked part rewritten."""
+    for name, section in sections.items():
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         before, found, rest = text.partition(start)
         _, closed, after = rest.partition(end)
         if not (found and closed):
-            fail(DataError, f"a README without {start} … {end}", "both markers, in order", "put them back")
+            fail(DataError, f"a page without {start} … {end}", "both markers, in order", "put them back")
         text = f"{before}{start}\n{section(runs)}\n{end}{after}"
     return text
 
@@ -281,8 +325,12 @@ def update(readme: Path = README, folder: Path = RESULTS, check: bool = False) -
     """Rewrites the README (or only looks, with `check`); True when it was already in sync."""
     if not readme.is_file():
         fail(DataError, "no README.md beside benchmarks/", "a clone of the repository", "run it there")
-    old = readme.read_text()
-    new = render(old, documents(folder))
-    if new != old and not check:
-        readme.write_text(new)
-    return new == old
+    pages = {readme: SECTIONS} | ({WHICH: WHICH_SECTIONS} if readme == README else {})
+    in_sync = True
+    for page, sections in pages.items():
+        old = page.read_text(encoding="utf-8")
+        new = render(old, documents(folder), sections)
+        in_sync = in_sync and new == old
+        if new != old and not check:
+            page.write_text(new, encoding="utf-8")
+    return in_sync

@@ -20,6 +20,9 @@ HEAVY = {
     "pandas",
     "numpy",
 }
+# of the commands that fine-tune: each is imported where it is used
+TRAINING = {"PIL", "huggingface_hub", "jiwer", "optuna", "pyarrow", "pycocotools", "rouge_score", "sacrebleu"}
+TRAINING |= {"safetensors", "scipy", "seqeval", "sklearn", "soundfile", "tokenizers"}
 STDLIB = set(sys.stdlib_module_names)
 
 # layer -> (third-party packages, peft_fast modules) that its files may import anywhere; None: any
@@ -51,13 +54,26 @@ LAW = {
         {"torch", "peft", "transformers"},
         {"peft_fast"} | {"peft_fast." + m for m in ("ops", "errors", "settings", "dispatch", "patch")},
     ),
+    "peft_fast/pages": (
+        {"matplotlib", "optuna"},
+        {"peft_fast." + m for m in ("pages", "benchmarks", "recipes.config")},
+    ),
+    "peft_fast/recipes": (
+        (HEAVY | TRAINING | {"torch", "pydantic", "pydantic_core", "yaml"}) - {"triton", "typer", "matplotlib"},
+        {"peft_fast"}
+        | {"peft_fast." + m for m in ("recipes", "errors", "settings", "patch", "ops", "pages", "benchmarks")}
+        | {"peft_fast.demo.measure"},
+    ),
 }
 # packages that a layer may name inside a function but not at the top of a file
 LAZY = {
     "peft_fast/backends": HEAVY,
     "peft_fast/patch": HEAVY - {"numpy"},
     "peft_fast/demo": HEAVY,
-    "peft_fast/cli": HEAVY - {"rich", "typer"},
+    "peft_fast/pages": HEAVY | TRAINING,
+    # numbers are what tasks are about, and each task is imported when it is asked for
+    "peft_fast/recipes": (HEAVY | TRAINING) - {"numpy"},
+    "peft_fast/cli": (HEAVY | TRAINING | {"torch"}) - {"rich", "typer"},
 }
 
 
@@ -100,7 +116,9 @@ def test_a_layer_imports_only_what_it_may(layer):
     for path in python_files(layer):
         for name in imports(path):
             own = name.startswith(("peft_fast", "."))
-            fine = within(name, modules) if own else name.partition(".")[0] in packages | STDLIB
+            # the package itself, for accelerate() and its like, is not all that is in it
+            mine = (name == "peft_fast" and name in modules) or within(name, modules - {"peft_fast"})
+            fine = mine if own else name.partition(".")[0] in packages | STDLIB
             if not fine:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not wrong, "\n".join(wrong)
@@ -108,8 +126,10 @@ def test_a_layer_imports_only_what_it_may(layer):
 
 @pytest.mark.parametrize("layer", LAZY)
 def test_heavy_packages_are_imported_inside_functions(layer):
-    # a module whose whole purpose is to stand between PEFT and us is itself imported lazily
+    # a module whose whole purpose is to stand between a library and us is itself imported lazily
     between = {"peft_fast/patch/guard.py"}
+    trainers = ("batches", "clock", "interrupt", "progress", "trainer", "unfreeze")  # have the Trainer's base classes
+    between |= {f"peft_fast/recipes/{name}.py" for name in trainers}
     wrong = [
         f"{path.relative_to(ROOT)} imports {name} at the top"
         for path in python_files(layer)
@@ -175,6 +195,15 @@ assert not torch.cuda.is_initialized()
 def test_import_does_nothing_but_import(more):
     done = subprocess.run([sys.executable, "-c", IMPORT.format(more=more)], cwd=ROOT, text=True, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_wrong_option_is_said_before_torch_is_imported():
+    """Seconds, which a typing error should not cost."""
+    code = (
+        "import sys, peft_fast.recipes.run, peft_fast.cli.train; print({'torch', 'numpy', 'rich'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "set()\n", "")
 
 
 def test_import_needs_no_torch():

@@ -1,5 +1,6 @@
 """README: its tables are what the results say, its Python runs, its commands exist."""
 
+import contextlib
 import re
 import shlex
 
@@ -66,6 +67,12 @@ def test_commands_exist(readme, root, capsys):
                     app.main(["bench", "--help"])
                 known = capsys.readouterr().out
                 assert all(word in known for word in words[4:] if word.startswith("--"))
+        elif words[0] == "peft-fast":
+            assert words[1] in app.COMMANDS
+            with contextlib.suppress(SystemExit):  # argparse's way to end
+                app.main([words[1], "--help"])
+            known = capsys.readouterr().out
+            assert all(word in known for word in words[2:] if word.startswith("--"))
         else:
             assert words[0] in ("pip", "git", "cd", "python", "torchrun", "bash")
 

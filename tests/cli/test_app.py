@@ -108,3 +108,18 @@ def test_a_reader_that_leaves_early(root):
         capture_output=True,
     )
     assert done.stderr == "" and done.stdout.strip() == "versions"
+
+
+@pytest.mark.parametrize(
+    "started, program",
+    [("/usr/bin/peft-fast", "peft-fast"), ("peft-fast.exe", "peft-fast"), ("/x/__main__.py", "python -m peft_fast")],
+)
+def test_messages_name_the_program_as_it_was_started(started, program, monkeypatch, capsys):
+    from peft_fast import errors
+    from peft_fast.cli import train
+
+    monkeypatch.setattr("sys.argv", [started])
+    assert errors.program() == program
+    assert train.app(["--help"], f"{program} train") == 0
+    shown = capsys.readouterr().out
+    assert f"usage: {program} train" in shown and f"\n  {program} train sentiment.yaml\n" in shown

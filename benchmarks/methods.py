@@ -1,0 +1,135 @@
+"""Head, adapters, gradual unfreezing and full fine-tuning of one model on the same rows: accuracy, minutes, memory.
+
+Each is a run of `peft-fast train`, in a process of its own, so that peak memory is its own. All have the same rows,
+seed, epochs, batches and schedule; the fewer weights train, the higher the learning rate.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from peft_fast.errors import SettingsError, UnsupportedError, fail
+from peft_fast.recipes import examples
+
+from . import harness, machine
+from .harness import Options
+
+NAME = "minilm"
+DATA = "example:movie-reviews"
+# what is compared: title -> options of a run
+METHODS = {
+    "head": {"method": "head", "learning_rate": 5e-3},
+    "lora": {"method": "lora", "learning_rate": 1e-3},
+    "dora": {"method": "dora", "learning_rate": 1e-3},
+    "gradual": {"method": "gradual", "learning_rate": 2e-4, "unfreeze_every": 0.5, "unfreeze_layers": 2},
+    "full": {"method": "full", "learning_rate": 1e-4},
+}
+# of every run; those that --tiny and --quick have less of
+SAME = {"batch_size": 32, "epochs": 2.0, "train_rows": 1600, "validation_rows": 300, "seed": 0}
+LESS = {
+    "full": {},
+    "quick": {"train_rows": 320, "validation_rows": 100, "test_rows": 200, "epochs": 1.0},
+    "tiny": {"train_rows": 32, "validation_rows": 16, "test_rows": 16, "batch_size": 8, "epochs": 1.0},
+}
+MODELS = {"full": "example:minilm", "quick": "example:minilm", "tiny": "example:tiny-bert"}
+
+
+def names(device: str) -> tuple[str, ...]:
+    """What --model takes on this device: methods."""
+    return tuple(METHODS)
+
+
+def run(options: Options, show, save: Path | None = None) -> dict:
+    """One row for each method; the document is also written to `save` after each."""
+    if options.gate_only or options.peers or options.without or options.dropouts or options.repeats:
+        need = "whole runs of one recipe"
+        fail(SettingsError, "--gate-only, --peers, --without, --dropout or --repeats", need, "leave these options out")
+    if len(options.dtypes) > 1:
+        fail(SettingsError, f"--dtype {','.join(options.dtypes)}", "one dtype for all runs", "run it once for each")
+    document = {
+        "schema": harness.SCHEMA,
+        "bench": "methods",
+        "scale": options.scale,
+        "machine": machine.header(torch.device(options.device)),
+        "rows": [],
+        "refused": [],  # {"title", "reason"}: it did not learn
+        "skipped": [],
+    }
+    show.header(document)
+    chosen = options.models or tuple(METHODS)
+    for source in (MODELS[options.scale], DATA):  # fetched before anything is timed
+        examples.path(source, say=print)
+    with tempfile.TemporaryDirectory(prefix="peft_fast-") as folder, show.progress(len(chosen)) as progress:
+        for title in chosen:
+            if time.monotonic() > options.deadline:
+                document["skipped"].append(title)
+                continue
+            progress.case(title)
+            row = _row(title, options, Path(folder) / f"run-{len(document['rows'])}")
+            document["rows"].append(row)
+            if options.scale == "full" and row["test"]["accuracy"] <= row["chance"]:
+                document["refused"].append({"title": title, "reason": "no better than the most frequent answer"})
+            print(_line(row), flush=True)
+            if save:
+                harness.write(save, document)
+    return document
+
+
+def _row(title: str, options: Options, out: Path) -> dict:
+    recipe = SAME | LESS[options.scale] | METHODS[title] | {"device": options.device}
+    recipe |= {"threads": options.threads[0] if options.threads else machine.cores()}
+    if options.dtypes:
+        recipe["dtype"] = options.dtypes[0]
+    recipe |= {"model": MODELS[options.scale], "data": DATA}
+    found = _trained(recipe | {"out": str(out)})
+    memory, forecast = found["memory"], found["forecast"]["memory"]
+    confusion = next(part["counts"] for part in found["shown"] if part["kind"] == "confusion")
+    return {
+        "title": title,
+        "settings": recipe,
+        "model": found["model"],
+        "rows": found["rows"],
+        "test": {key: found["final"]["test"][key] for key in ("accuracy", "loss")},
+        "chance": max(map(sum, confusion)) / sum(map(sum, confusion)),
+        "evaluations": [{key: e[key] for key in ("step", "accuracy")} for e in found["evaluations"]],
+        "train_seconds": found["throughput"]["train_seconds"],
+        "seconds": found["seconds"],
+        "per_second": found["throughput"]["per_second"],
+        "peak_bytes": memory["peak_bytes"] - memory["before_bytes"],
+        "forecast_bytes": forecast["total"],
+        "result_bytes": _size(out / ("adapter" if (out / "adapter").is_dir() else "model")),
+    }
+
+
+def _trained(recipe: dict) -> dict:
+    """metrics.json of a run in a process of its own."""
+    out = Path(recipe["out"])
+    config = out.with_suffix(".yaml")
+    config.write_text(json.dumps({"task": "sequence-classification", **recipe}))  # JSON is YAML
+    command = [sys.executable, "-m", "peft_fast", "train", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not (out / "metrics.json").is_file():
+        said = " ".join((done.stderr or done.stdout).split())[-600:]
+        fail(
+            UnsupportedError, f"a run that ended with {done.returncode}: {said}", "a finished run", "mend what it says"
+        )
+    return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the weights in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _line(row: dict) -> str:
+    return (
+        f"{row['title']:<18} accuracy {100 * row['test']['accuracy']:.1f} %, {row['train_seconds'] / 60:.1f} min, "
+        f"{row['peak_bytes'] / 2**20:,.0f} MiB (forecast {row['forecast_bytes'] / 2**20:,.0f})"
+    )

@@ -1,0 +1,117 @@
+"""`compare`: the table, what differs, warnings, and files that are well-formed."""
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+from peft_fast.cli import compare
+from peft_fast.errors import DataError, SettingsError
+from peft_fast.pages import compare as page
+
+EVIL = "<script>$x_1$</script>"
+
+
+def result(name="one", accuracy=0.8, seconds=120.0, **config) -> dict:
+    return {
+        "name": name,
+        "state": "done",
+        "task": "sequence-classification",
+        "metric": "accuracy",
+        "higher": True,
+        "config": {"task": "sequence-classification", "data": "rows.csv", "method": "lora", "r": 16, "out": name}
+        | config,
+        "rows": {"train": 100, "test": 20},
+        "sources": {"test": "test.csv"},
+        "model": {"parameters": 1000, "trainable": 100},
+        "log": [{"step": step, "loss": 1 / step} for step in range(1, 21)],
+        "evaluations": [{"step": step, "accuracy": accuracy - 1 / step, "loss": 0.5} for step in (10, 20)],
+        "best": {"step": 20, "value": accuracy},
+        "final": {"test": {"accuracy": accuracy, "loss": 0.5}},
+        "throughput": {"unit": "tokens", "per_second": 50.0, "steps": 20, "train_seconds": seconds},
+        "memory": {"peak_bytes": 2**20},
+        "machine": {"cpu": "a CPU"},
+    }
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """folders(result, …) -> their folders."""
+
+    def write(*results):
+        made = []
+        for i, one in enumerate(results):
+            made.append(tmp_path / "runs" / f"{i}")
+            made[-1].mkdir(parents=True)
+            (made[-1] / "metrics.json").write_text(json.dumps(one))
+        return [str(path) for path in made]
+
+    return write
+
+
+def test_the_table_shows_what_came_out_and_what_differs(folders, tmp_path, capsys):
+    given = folders(result(), result(EVIL, 0.9, 60.0, method="full", r=8))
+    assert compare.app([*given, "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    for word in ("80.0 %", "90.0 % *", "2 min 00 s", "1 min 00 s", "method", "lora", "full", EVIL):
+        assert word in shown, word
+    assert "warning" not in shown
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"compare.html", "compare.png", "compare.json"}
+    text = (tmp_path / "out" / "compare.html").read_text()
+    ElementTree.fromstring(text.partition("\n")[2])
+    assert EVIL not in text and "90.0 % *" in text and "Options that differ" in text
+    saved = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [run["options"] for run in saved["runs"]] == [{"method": "lora", "r": 16}, {"method": "full", "r": 8}]
+
+
+def test_where_a_run_lies_is_no_difference():
+    assert page.differing([result("a"), result("b")]) == []
+    assert page.names([result("a"), result("b"), result("a")]) == ["a (1)", "b", "a (2)"]
+
+
+def test_lower_is_better_where_it_is():
+    runs = [result("a"), result("b", 0.9)]
+    for run, loss in zip(runs, (0.5, 0.7), strict=True):
+        run["final"]["test"]["loss"] = loss
+    assert [row[1] for row in page.rows(runs, "loss")[1]] == ["0.5 *", "0.7"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"task": "regression"}, "not the same task"),
+        ({"metric": "f1"}, "not the same metric"),
+        ({"config": {"data": "other.csv"}}, "not the same data"),
+        ({"rows": {"train": 100, "test": 9}}, "not the same rows they are judged by"),
+        ({"rows": {"train": 9, "test": 20}}, "not the same training rows"),
+        ({"machine": {"cpu": "another"}}, "not the same machine"),
+        ({"state": "stopped"}, "two was stopped"),
+    ],
+)
+def test_what_should_not_stand_side_by_side_is_said(changes, said):
+    found = page.warnings([result(), result("two") | changes])
+    assert len(found) == 1 and said in found[0]
+
+
+def test_a_folder_of_runs(folders, tmp_path, capsys):
+    folders(result("a"), result("b"), result("c"))
+    assert compare.app([str(tmp_path / "runs"), "--no-files"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"│ {name} " in shown for name in "abc") and not (tmp_path / "compare").exists()
+
+
+def test_runs_with_little_in_them(folders, tmp_path):
+    bare = {"name": "bare", "state": "stopped", "log": [{"step": 1, "loss": None}], "evaluations": []}
+    assert compare.app([*folders(bare, result()), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_clear_words(folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no folder of a run"):
+        compare.app([str(tmp_path / "empty")])
+    with pytest.raises(SettingsError, match="(?s)--metric bleu.*accuracy, loss"):
+        compare.app([*folders(result()), "--metric", "bleu"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="a folder that can be written"):
+        compare.app([*(str(path) for path in (tmp_path / "runs").iterdir()), "--out", str(tmp_path / "file" / "x")])

@@ -1,0 +1,126 @@
+"""The table of options: all that is wrong at once, with the nearest name; YAML as people write it."""
+
+import dataclasses
+import inspect
+
+import pytest
+
+from peft_fast.errors import SettingsError
+from peft_fast.recipes import config
+from peft_fast.recipes.config import Config
+
+LEAST = dict(task="sequence-classification", model="m", data="d.csv")
+
+
+def wrong(source=None, **options) -> str:
+    with pytest.raises(SettingsError) as caught:
+        config.read(source, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", Config.model_fields)
+def test_every_option_says_where_it_belongs_and_what_it_is(name):
+    field = Config.model_fields[name]
+    assert field.json_schema_extra["section"] in config.SECTIONS
+    assert len(field.description) > 8 and not field.description.endswith(".")
+    for known, key in ((config.TASKS, "tasks"), (config.METHODS, "methods")):
+        assert set(field.json_schema_extra[key] or ()) <= set(known)
+
+
+def test_what_is_wrong_comes_at_once():
+    """Values, names, what is missing, and what only two options together make wrong."""
+    text = wrong(
+        {"task": "regresion", "data": {"train": "a", "dev": "b"}, "epochs": -1, "leraning_rate": 1, "dtype": "int8"},
+        progressive=[64, 32],
+        overwrite=True,
+        resume=True,
+    )
+    for part in (
+        "task: 'regresion'",
+        "model: missing; hub id",
+        "epochs: -1",
+        "leraning_rate: no such option; learning_rate is one",
+        "dtype: 'int8'",
+    ):
+        assert part in text
+    text = wrong({**LEAST, "epochs": 0, "progressive": [64, 32], "overwrite": True, "resume": True})
+    for part in ("epochs: 0", "progressive: [64, 32]; sizes have to grow", "overwrite, resume:"):
+        assert part in text
+    assert "with 3 problems" in text
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        ({"method": "full", "r": 8}, "r: means nothing for full, only for lora, dora"),
+        ({"task": "masked-lm", "long_rows": "skip"}, "long_rows: means nothing for masked-lm, only for sequence-"),
+        ({"packing": True}, "packing: means nothing for sequence-classification, only for causal-lm"),
+        ({"data": {"validation": "v.csv"}}, "data: no train split"),
+        ({"data": {"train": "t", "dev": "d"}}, "data: split dev"),
+        ({"evaluate_every": 0}, "evaluate_every: 0; epoch, or 1 step or more"),
+        ({"training_arguments": {"seed": 3}}, "training_arguments: seed are set by options of their own"),
+        ({"search": {"rr": [1]}}, "search: rr is no option"),
+        ({"early_stopping": "often"}, "early_stopping: 'often'; input should be a valid integer"),
+    ],
+)
+def test_the_rules(more, told):
+    assert told in wrong({**LEAST, **more})
+
+
+def test_options_go_over_the_file(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("task: causal-lm\nmodel: m\ndata: d.jsonl\nlearning_rate: 1e-3\nepochs: 2\nr: 4\n")
+    found = config.read(path, epochs=5)
+    assert (found.task, found.learning_rate, found.epochs, found.r) == ("causal-lm", 1e-3, 5, 4)
+    assert str(path) in wrong(path, epochs=-5)
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("- a\n- b\n", "a YAML mapping"),
+        ("task: [causal-lm\n", "while parsing"),
+        (None, "No such file"),
+        (b"task: \xff\xfe", "codec can't decode"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path, text, told):
+    path = tmp_path / "a.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert told in wrong(path) and str(path) in wrong(path)
+
+
+def test_numbers_as_everybody_writes_them():
+    """PyYAML alone takes 1e-5 for a text."""
+    found = config.parse("{low: 1e-5, high: 2E-3, much: 1e4, text: e5, version: 1.2.3}")
+    assert found == {"low": 1e-5, "high": 2e-3, "much": 1e4, "text": "e5", "version": "1.2.3"}
+
+
+def test_what_is_dumped_is_read_back(tmp_path):
+    given = config.read(
+        LEAST,
+        data={"train": "ä.csv", "test": "t.csv"},
+        class_weights={"yes": 2.0},
+        target_modules=["q", "v"],
+        save_every=7,
+        training_arguments={"adam_beta2": 0.99},
+        out="runs/a",
+    )
+    path = tmp_path / "a.yaml"
+    path.write_text(config.dump(given), encoding="utf-8")
+    assert config.read(path) == given and "ä.csv" in path.read_text(encoding="utf-8")
+
+
+def test_what_options_set_cannot_be_set_behind_their_back():
+    """Every argument that a config's options give the Trainer, and those that would have no effect."""
+    from transformers import Seq2SeqTrainingArguments
+
+    from peft_fast.recipes import trainer
+
+    fields = {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments)}
+    assert config.OWN_ARGUMENTS <= fields
+    source = inspect.getsource(trainer.arguments)
+    set_there = {name for name in fields if f"        {name}=" in source}
+    assert len(set_there) > 20 and set_there - config.OWN_ARGUMENTS == {"dataloader_pin_memory"}
+    assert {"train_sampling_strategy", "deepspeed", "fsdp", "auto_find_batch_size"} <= config.OWN_ARGUMENTS

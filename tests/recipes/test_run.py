@@ -1,0 +1,460 @@
+"""A whole run: what it leaves, how it stops and goes on, and that the process is as it was."""
+
+import functools
+import json
+import random
+import signal
+import threading
+
+import numpy
+import pytest
+import torch
+
+from peft_fast import settings
+from peft_fast.errors import DataError, SettingsError, UnsupportedError
+from peft_fast.recipes import record, run
+from tests.recipes.conftest import usual
+
+KEYS = """name state task method title started finished seconds config facts rows sources notes model forecast log
+evaluations metric higher best final shown throughput memory fast early_stopped resumed_at unfrozen sizes machine"""
+
+
+def weights(made) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in made.model.named_parameters() if p.requires_grad}
+
+
+def same(one, other) -> bool:
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def course(made) -> list:
+    """Everything a run measures that no clock has a part in."""
+    timed = ("per_second", "memory_bytes")
+    log = [{key: value for key, value in entry.items() if key not in timed} for entry in made.result["log"]]
+    return [log, made.result["evaluations"], made.result["best"], made.result["final"]]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_bert, reviews, tmp_path_factory):
+    """A run of the usual options that nobody disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return run.train(usual(tiny_bert, reviews, out), say=lambda line: None)
+
+
+def test_a_run_learns_and_leaves_what_it_should(options, tmp_path):
+    said = []
+    made = run.train(options, epochs=4, say=said.append)
+    result, folder = made.result, tmp_path / "run"
+    assert set(KEYS.split()) <= set(result)
+    assert result["state"] == "done" and result["metric"] == "accuracy" and result["higher"]
+    first, *_, last = result["evaluations"]
+    assert first["step"] == 0 and first["accuracy"] < 0.8
+    assert result["final"]["validation"]["accuracy"] > 0.9 and result["final"]["test"]["accuracy"] > 0.9
+    assert result["best"]["value"] == max(entry["accuracy"] for entry in result["evaluations"][1:])
+    assert last["step"] == result["throughput"]["steps"] == 24
+    assert [entry["step"] for entry in result["log"]] == [1, *range(2, 25, 2)]
+    assert all(entry["per_second"] > 0 and entry["memory_bytes"] > 2**20 for entry in result["log"])
+    assert result["rows"] == {"train": 96, "validation": 32, "test": 32}
+    assert result["fast"]["on"] and len(result["fast"]["fast"]) >= 12 and result["fast"]["fast_calls"] > 0
+    assert result["shown"][0]["kind"] == "confusion"
+    assert result["forecast"]["steps"] == 24
+    for name in ("config.yaml", "task.json", "log.jsonl", "metrics.json", "report.html"):
+        assert (folder / name).stat().st_size > 50
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+    assert (folder / "adapter" / "tokenizer.json").exists() and not (folder / "model").exists()
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert {line["kind"] for line in lines} == {"train", "evaluation", "checkpoint"}
+    assert record.read(folder) == result
+    # where the files lie is nobody's business
+    for name in ("metrics.json", "report.html"):
+        assert str(tmp_path.parent) not in (folder / name).read_text()
+    assert any("accuracy" in line for line in said)
+
+
+def test_units_are_the_tokens_of_the_batches(whole):
+    tokens = sum(len(row["input_ids"]) for row in whole.trainer.train_dataset)
+    assert whole.result["throughput"]["units"] == 2 * tokens
+    assert whole.result["throughput"]["unit"] == "tokens"
+
+
+def test_again_in_one_process_is_the_same_again_and_nothing_else_has_changed(learn, whole):
+    import datasets
+    import transformers
+
+    torch.manual_seed(5), numpy.random.seed(5), random.seed(5)
+    state = torch.get_rng_state(), numpy.random.get_state()[1].tolist(), random.getstate()
+    handler = signal.getsignal(signal.SIGINT)
+    transformers.logging.set_verbosity_info()
+    torch.set_num_threads(2)
+    try:
+        again = learn(threads=1)
+        assert same(again, whole) and course(again) == course(whole)
+        assert torch.equal(state[0], torch.get_rng_state())
+        assert (numpy.random.get_state()[1].tolist(), random.getstate()) == state[1:]
+        assert torch.get_num_threads() == 2 and signal.getsignal(signal.SIGINT) is handler
+        assert transformers.logging.get_verbosity() == transformers.logging.INFO
+        assert not datasets.are_progress_bars_disabled()
+    finally:
+        transformers.logging.set_verbosity_warning()
+        torch.set_num_threads(1)
+
+
+def test_another_seed_is_another_run(learn, whole):
+    assert learn(epochs=1, seed=1).result["log"][0]["loss"] != whole.result["log"][0]["loss"]
+
+
+@pytest.mark.parametrize("step", [4, 6, 12])
+def test_ctrl_c_saves_and_resume_ends_where_an_undisturbed_run_does(learn, whole, signalled, tmp_path, step):
+    """In an epoch, at its last step, at the last of all."""
+    cut = learn([signalled(step)])
+    assert cut.result["state"] == "stopped" and cut.signum == signal.SIGINT
+    assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{step}").is_dir()
+    told = "\n".join(cut.said)
+    assert f"stopped at step {step}" in told and f"python -m peft_fast train --resume --out {tmp_path / 'run'}" in told
+    went_on = run.train(resume=True, out=str(tmp_path / "run"), say=lambda line: None)
+    assert went_on.result["state"] == "done" and went_on.result["resumed_at"] == [step]
+    assert same(whole, went_on) and course(whole) == course(went_on)
+    assert whole.result["throughput"]["units"] == went_on.result["throughput"]["units"]
+
+
+def test_sigterm_counts_as_ctrl_c(learn, signalled):
+    made = learn([signalled(3, signal.SIGTERM)])
+    assert made.result["state"] == "stopped" and made.signum == signal.SIGTERM
+    assert (made.folder / "report.html").exists()
+
+
+def test_a_second_ctrl_c_stops_at_once(learn, at_step, tmp_path):
+    def twice(model):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        learn([at_step(9, twice)])
+    assert record.read(tmp_path / "run")["state"] == "stopped"
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-6"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_outside_the_main_thread_no_signal_is_asked_for(learn):
+    made = []
+    thread = threading.Thread(target=lambda: made.append(learn(steps=1)))
+    thread.start()
+    thread.join()
+    assert made[0].result["state"] == "done"
+
+
+def test_an_error_in_a_callback_comes_out_and_the_folder_says_how_far_it_came(learn, at_step, tmp_path):
+    def pruned(model):
+        raise ZeroDivisionError("pruned")
+
+    with pytest.raises(ZeroDivisionError, match="pruned"):
+        learn([at_step(8, pruned)])
+    result = record.read(tmp_path / "run")
+    assert result["state"] == "stopped" and result["evaluations"][-1]["step"] == 6
+    # and lets go of it
+    assert learn(steps=1, overwrite=True).result["state"] == "done"
+
+
+def test_the_best_checkpoint_is_what_comes_out(learn, at_step):
+    def spoil(model):
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data.mul_(-3)
+
+    learn = functools.partial(learn, head_learning_rate=1e-2)
+    made = learn([at_step(11, spoil)], evaluate_every=5)
+    by_step = {entry["step"]: entry for entry in made.result["evaluations"]}
+    assert by_step[12]["accuracy"] < by_step[10]["accuracy"] == made.result["best"]["value"]
+    assert made.result["best"]["step"] == 10
+    for name, value in made.result["final"]["validation"].items():
+        assert value == by_step[10][name], name
+    last = learn([at_step(11, spoil)], evaluate_every=5, keep_best=False, overwrite=True)
+    assert last.result["final"]["validation"]["accuracy"] == by_step[12]["accuracy"]
+
+
+@pytest.mark.parametrize("delta, evaluations", [(0.0, None), (2.0, 3)])
+def test_early_stopping_by_what_counts_as_progress(learn, delta, evaluations):
+    """No loss is two lower than another: the second and third evaluation are no progress."""
+    made = learn(epochs=3, early_stopping=2, min_delta=delta, evaluate_every=2, metric="loss")
+    if evaluations:
+        assert made.result["early_stopped"] and len(made.result["evaluations"]) == 1 + evaluations
+        assert made.result["throughput"]["steps"] == 2 * evaluations
+    else:
+        assert len(made.result["evaluations"]) > 4
+
+
+def test_a_loss_that_is_no_number_ends_the_run(learn, at_step, tmp_path):
+    def poison(model):
+        next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+    with pytest.raises(DataError, match="a loss of nan at step 4\n.*\n.*learning_rate"):
+        learn([at_step(3, poison)])
+    # strict JSON, which knows no NaN
+    text = (tmp_path / "run" / "metrics.json").read_text()
+    assert "NaN" not in text and json.loads(text)["log"][-1]["loss"] is None
+
+
+# ---- the folder
+
+
+def test_a_folder_with_a_run_is_not_written_over(learn, tmp_path):
+    learn(steps=1)
+    (tmp_path / "run" / "mine.txt").write_text("not yours")
+    before = record.read(tmp_path / "run")
+    with pytest.raises(SettingsError, match="(?s)has a run in it.*--resume.*--overwrite.*--out"):
+        learn()
+    assert record.read(tmp_path / "run") == before
+    made = learn(steps=1, overwrite=True, seed=4)
+    assert made.result["config"]["seed"] == 4 and (tmp_path / "run" / "mine.txt").read_text() == "not yours"
+
+
+def test_bad_options_and_bad_data_leave_no_folder(learn, tmp_path):
+    (tmp_path / "bad.csv").write_text("text,label\n")
+    for more, error in (({"metric": "f7"}, SettingsError), ({"data": str(tmp_path / "bad.csv")}, DataError)):
+        with pytest.raises(error):
+            learn(**more)
+        assert not (tmp_path / "run").exists()
+
+
+def test_resume_needs_a_run_and_the_same_one(learn, options, reviews, tmp_path):
+    with pytest.raises(SettingsError, match="no config.yaml"):
+        run.train(resume=True, out=str(tmp_path / "run"))
+    # a job that is always started with --resume
+    first = learn(steps=1, resume=True)
+    assert first.result["resumed_at"] == [] and any("starting from the beginning" in line for line in first.said)
+    with pytest.raises(SettingsError) as caught:
+        learn(resume=True, r=8, batch_size=8)
+    assert "r: 8" in str(caught.value) and "batch_size: 8" in str(caught.value)
+    with open(reviews["train"]) as file:
+        lines = file.read().splitlines()
+    (tmp_path / "less.csv").write_text("\n".join(lines[:60]) + "\n")
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(text.replace(reviews["train"], str(tmp_path / "less.csv")))
+    with pytest.raises(DataError, match="other rows"):
+        run.train(resume=True, out=str(tmp_path / "run"), say=lambda line: None)
+
+
+def test_a_finished_run_may_be_trained_longer(learn, tmp_path):
+    learn(epochs=1)
+    made = run.train(resume=True, out=str(tmp_path / "run"), epochs=2, say=lambda line: None)
+    assert made.result["resumed_at"] == [6] and made.result["throughput"]["steps"] == 12
+    assert [entry["step"] for entry in made.result["evaluations"]] == [0, 6, 12]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [0, 6, 12]
+
+
+@pytest.mark.parametrize("place", ["a-file", "a-file/run", "/proc/run"])
+def test_a_place_that_cannot_be_written_is_said_at_once(options, tmp_path, place):
+    (tmp_path / "a-file").write_text("x")
+    with pytest.raises(SettingsError, match="(?s)out: .*another --out"):
+        record.Record(run.resolve(options, {"out": str(tmp_path / place)})).look()
+
+
+def test_two_runs_do_not_share_a_folder(learn, options):
+    with pytest.raises(SettingsError, match="another process"):
+        config = run.resolve(options, {})
+        holder = record.Record(config)
+        holder.open({}, {})
+        try:
+            record.Record(config.model_copy(update={"overwrite": True})).open({}, {})
+        finally:
+            holder.close()
+    record.Record(config.model_copy(update={"overwrite": True})).open({}, {})
+
+
+def tree(folder) -> dict:
+    """Every path below, and what is in the files."""
+    return {str(path): path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def no_accuracy(monkeypatch):
+    """A task whose validation rows do not have its metric, as one class has no roc_auc."""
+    from peft_fast.recipes.tasks.sequence_classification import Task
+
+    inner = Task.metrics
+    monkeypatch.setattr(
+        Task, "metrics", lambda *args: {name: v for name, v in inner(*args).items() if name != "accuracy"}
+    )
+
+
+# what prepare does not see: the optimizer is made, and the metric missed, when the folder is taken
+@pytest.mark.parametrize("more", [dict(optimizer="galore_adamw"), dict(metric="accuracy")], ids=["optimizer", "metric"])
+@pytest.mark.parametrize("before", ["nothing", "a note", "a run"])
+def test_an_error_before_the_first_step_leaves_the_folder_as_it_was(learn, no_accuracy, tmp_path, before, more):
+    out = tmp_path / "deep" / "run"
+    learn = functools.partial(learn, out=str(out), overwrite=before == "a run")
+    if before == "a note":
+        out.mkdir(parents=True)
+        (out / "note.txt").write_text("mine")
+    if before == "a run":
+        learn(steps=2, metric="loss")
+        (out / record.LOCK).unlink()
+    found = tree(tmp_path)
+    with pytest.raises((SettingsError, DataError)):
+        learn(**more)
+    assert tree(tmp_path) == found
+    made = learn(steps=1, metric="loss")
+    assert made.result["throughput"]["steps"] == 1 and not (out / record.BEFORE).exists()
+
+
+def test_a_run_that_goes_on_and_fails_at_once_is_still_there(learn, whole, signalled, at_step, tmp_path):
+    from transformers import TrainerCallback
+
+    class Broken(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            raise ValueError("at once")
+
+    learn([signalled(4)])
+    before = (tmp_path / "run" / "metrics.json").read_bytes()
+    with pytest.raises(ValueError, match="at once"):
+        run.train(resume=True, out=str(tmp_path / "run"), callbacks=[Broken()], say=lambda line: None)
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+    went_on = run.train(resume=True, out=str(tmp_path / "run"), say=lambda line: None)
+    assert same(whole, went_on)
+
+
+def test_a_warm_up_longer_than_training_is_said_before_anything_is_written(options, tmp_path):
+    for go in (run.plan, run.train):
+        with pytest.raises(SettingsError, match="warmup: 10 of 5 steps"):
+            go(options | {"steps": 5, "warmup": 10}, say=lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_metric_that_the_validation_rows_do_not_have_is_said_before_the_first_step(learn, no_accuracy, tmp_path):
+    with pytest.raises(DataError, match=r"(?s)metric: accuracy, which 32 validation rows .*metric: .*f1 or loss"):
+        learn()
+    assert not (tmp_path / "run").exists()
+    assert learn(metric="loss", steps=1).result["state"] == "done"
+
+
+@pytest.mark.parametrize("where", ["log", "write", "save_pretrained"])
+def test_a_disk_that_is_full_is_said(learn, monkeypatch, tmp_path, where):
+    import errno
+
+    from safetensors import SafetensorError
+
+    from peft_fast.errors import CheckpointError
+
+    def full(*args, **kwargs):
+        if where == "save_pretrained":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run" / "log.jsonl"))
+
+    if where == "save_pretrained":
+        monkeypatch.setattr(run, "save", full)
+    else:
+        monkeypatch.setattr(record.Record if where == "log" else record, where, full)
+    with pytest.raises(CheckpointError, match="(?s)disk is full.*room for the run.*--resume"):
+        learn(steps=1)
+
+
+def test_a_file_that_cannot_be_flushed_hides_no_error(learn, monkeypatch):
+    """What is left in a buffer cannot be written either when the file is closed."""
+
+    class Lines:
+        def write(self, text=""):
+            raise OSError(28, "No space left on device")
+
+        close = flush = write
+
+    inner = record.Record.open
+
+    def opened(self, *args):
+        inner(self, *args)
+        self.lines.close()
+        self.lines = Lines()
+
+    monkeypatch.setattr(record.Record, "open", opened)
+    from peft_fast.errors import CheckpointError
+
+    with pytest.raises(CheckpointError, match="disk is full"):
+        learn(steps=1)
+
+
+def test_a_plan_writes_nothing(options, tmp_path):
+    plan = run.plan(options)
+    assert not (tmp_path / "run").exists()
+    assert plan["forecast"]["steps"] == 12 and plan["rows"]["train"] == 96 and plan["fast"]["on"]
+
+
+# ---- what else watches
+
+
+def test_the_trainers_own_callbacks_are_told(learn, tmp_path):
+    """Of W&B, TensorBoard and the like: one of ours, and TensorBoard."""
+    from transformers import TrainerCallback
+
+    told = {"log": [], "evaluate": []}
+
+    class Board(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            told["log"].append(dict(logs))
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            told["evaluate"].append(dict(metrics))
+
+    learn([Board()], epochs=1, report_to=["tensorboard"])
+    assert any({"loss", "per_second", "memory_bytes"} <= set(logs) for logs in told["log"])
+    assert [("eval_accuracy" in metrics) for metrics in told["evaluate"]] == [True, True]
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert b"train/loss" in events.read_bytes() and b"eval/accuracy" in events.read_bytes()
+
+
+def test_an_unknown_reporter_is_said_before_training(learn):
+    with pytest.raises(SettingsError, match="report_to"):
+        learn(report_to=["nowhere"])
+
+
+def test_quiet(options, capfd):
+    with settings.override(quiet=True):
+        run.train(options | {"steps": 1})
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("peft", "datasets") else found(name))
+    with pytest.raises(UnsupportedError, match=r"(?s)without peft, datasets.*peft_fast\[train\]"):
+        run.train(task="causal-lm", model="x", data="y")
+
+
+@pytest.mark.parametrize("method", ["head", "lora", "dora", "full", "gradual"])
+def test_what_is_kept_is_what_the_best_evaluation_saw(options, monkeypatch, tmp_path, method):
+    """The first is made the best: everything that trained or was thawed afterwards is undone."""
+    options = {name: value for name, value in options.items() if name != "r" or method in ("lora", "dora")}
+    from peft_fast.recipes.trainer import RecipeTrainer
+
+    inner = RecipeTrainer.evaluate
+
+    def evaluate(self, *args, **kwargs):
+        found = inner(self, *args, **kwargs)
+        return found | {"eval_accuracy": 1.0 - self.state.global_step / 1000}
+
+    monkeypatch.setattr(RecipeTrainer, "evaluate", evaluate)
+    more = dict(evaluate_every=3, unfreeze_every=0.75) if method == "gradual" else dict(evaluate_every=3)
+    result = run.train(options, method=method, steps=12, log_every=1, say=lambda line: None, **more).result
+    assert result["best"]["step"] == 3
+    if method == "gradual":
+        assert result["unfrozen"][-1]["step"] > 3
+    seen = next(entry for entry in result["evaluations"] if entry["step"] == 3)
+    for name, value in result["final"]["validation"].items():
+        assert name == "accuracy" or value == seen[name], name
+    assert result["evaluations"][-1]["loss"] != seen["loss"]
+
+
+@pytest.mark.parametrize("method", ["head", "full"])
+def test_a_whole_model_comes_out(options, method, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    options = {name: value for name, value in options.items() if name != "r"}
+    made = run.train(options, method=method, steps=2, say=lambda line: None)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in made.model.state_dict().items())
+    assert made.result["fast"] == {
+        "on": False,
+        "why": f"method {method} has no adapters, which is what peft_fast makes fast",
+    }

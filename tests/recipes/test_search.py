@@ -1,0 +1,352 @@
+"""A search: its space, what a trial is made of, that a killed one goes on, and what it leaves."""
+
+import csv
+import json
+import math
+
+import pytest
+
+from peft_fast.errors import DataError, SettingsError
+from peft_fast.pages import search as page
+from peft_fast.recipes import config as configs
+from peft_fast.recipes import search, space
+from peft_fast.recipes.space import Range
+
+BASE = dict(task="sequence-classification", model="m", data="d")
+
+
+def config(**more):
+    return configs.read(BASE | more)
+
+
+class Fixed:
+    """A trial that draws the first choice, or the low end."""
+
+    def suggest_categorical(self, name, choices):
+        return choices[0]
+
+    def suggest_int(self, name, low, high, log=False, step=1):
+        return low
+
+    def suggest_float(self, name, low, high, log=False, step=None):
+        return low
+
+
+# ---- the space
+
+
+def test_lists_are_choices_and_mappings_ranges():
+    given = {
+        "r": [4, 8],
+        "learning_rate": {"low": "1e-5", "high": 1e-3, "log": True},
+        "batch_size": dict(low=2, high=8),
+    }
+    found = space.read(config(search=given))
+    assert found == {"r": [4, 8], "learning_rate": Range(1e-5, 1e-3, True), "batch_size": Range(2, 8)}
+    assert found["batch_size"].whole and not found["learning_rate"].whole
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"r": []}, "r: .*no value"),
+        ({"r": [4, 4]}, "a value twice"),
+        ({"r": 4}, "values to choose from"),
+        ({"r": [0]}, r"r: 0: .*greater than or equal to 1"),
+        ({"r": {"low": 4}}, "values to choose from"),
+        ({"r": {"low": 8, "high": 4}}, "low is below high"),
+        ({"learning_rate": {"low": 0.0, "high": 1.0, "log": True}}, "log starts above 0"),
+        ({"learning_rate": {"low": 0.1, "high": 1.0, "log": True, "step": 0.1}}, "log has no step"),
+        ({"learning_rate": {"low": "a", "high": 1.0}}, "are numbers"),
+        ({"schedule": ["cosine", "sine"]}, "schedule: 'sine'"),
+        ({"data": ["a", "b"]}, "is the same in all trials"),
+        ({"unfreeze_layers": [1, 2]}, "means nothing for lora, only for gradual"),
+        ({"alpha": [8, 16], "alpha_ratio": [1, 2]}, "both say the same"),
+    ],
+)
+def test_what_no_trial_can_be_made_of_is_said_before_any(given, said):
+    with pytest.raises(SettingsError, match=f"(?s){said}"):
+        space.read(config(search=given))
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(SettingsError) as caught:
+        space.read(config(search={"r": [0], "schedule": ["sine"], "out": ["a"]}))
+    assert all(word in str(caught.value) for word in ("3 problems", "r: 0", "sine", "out: is the same"))
+
+
+def test_the_default_tries_what_the_method_has():
+    assert set(space.default(config())) == {
+        *("method", "r", "alpha_ratio", "learning_rate_ratio", "lora_dropout", "target_modules", "weight_decay")
+    }
+    assert "r" not in space.default(config(method="head")) and "layer_decay" in space.default(config(method="gradual"))
+    for method in configs.METHODS:
+        assert space.read(config(method=method))
+
+
+def test_rank_is_drawn_for_methods_that_have_one():
+    tried = {"r": [4, 8], "alpha_ratio": [2.0], "method": ["full", "lora"], "weight_decay": [0.0]}
+    drawn = space.draw(Fixed(), config(), tried)
+    assert drawn == {"method": "full", "weight_decay": 0.0}
+    drawn = space.draw(Fixed(), config(), tried | {"method": ["dora"]})
+    assert drawn == {"method": "dora", "r": 4, "alpha_ratio": 2.0, "weight_decay": 0.0}
+
+
+def test_ratios_become_options():
+    made = space.options(config(r=8), {"method": "lora", "r": 32, "alpha_ratio": 0.5, "learning_rate_ratio": 3.0})
+    assert (made.r, made.alpha, made.learning_rate) == (32, 16, 1.5e-3)
+    made = space.options(config(r=8), {"method": "full", "learning_rate_ratio": 3.0})
+    assert (made.method, made.learning_rate) == ("full", 6e-5) and "r" not in made.model_fields_set
+
+
+def test_a_learning_rate_belongs_to_the_method_it_was_given_with():
+    given = config(method="lora", learning_rate=1e-2)
+    assert space.options(given, {"method": "dora", "learning_rate_ratio": 2.0}).learning_rate == 2e-2
+    assert space.options(given, {"method": "full", "learning_rate_ratio": 2.0}).learning_rate == 4e-5
+    assert space.options(given, {"method": "full"}).learning_rate is None
+    assert space.options(given, {"method": "full", "learning_rate": 1e-4}).learning_rate == 1e-4
+
+
+# ---- searches of runs that take no time
+
+
+class Landscape:
+    """In place of run.train: a value of the config, and whatever a trial may come to."""
+
+    def __init__(self, monkeypatch, value=lambda config: -((math.log10(config.learning_rate) + 3) ** 2), steps=3):
+        from peft_fast.recipes import run
+
+        self.value, self.steps, self.seen, self.before = value, steps, [], lambda config, count: None
+        monkeypatch.setattr(run, "train", self.train)
+        monkeypatch.setattr(search, "free", lambda: None)
+
+    def train(self, given, callbacks=(), say=None):
+        from types import SimpleNamespace
+
+        self.seen.append(given)
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "checkpoints").mkdir(exist_ok=True)
+        (given.out / "adapter").mkdir(exist_ok=True)
+        (given.out / "config.yaml").write_text(configs.dump(given))
+        self.before(given, len(self.seen))
+        value = self.value(given)
+        state = SimpleNamespace(global_step=0, max_steps=self.steps, log_history=[])
+        for step in range(1, self.steps + 1):
+            state.global_step = step
+            for callback in callbacks:
+                callback.on_step_end(None, state, None)
+                callback.on_evaluate(None, state, None, metrics={"eval_accuracy": value - 1 / step})
+        result = {
+            "state": "done",
+            "seconds": 1.0,
+            "best": {"value": value},
+            "final": {"validation": {"accuracy": value}},
+        }
+        return SimpleNamespace(result=result)
+
+
+TRIED = {"learning_rate": {"low": 1e-5, "high": 1e-1, "log": True}, "r": [4, 8, 16]}
+
+
+@pytest.fixture
+def given(tmp_path, monkeypatch, request):
+    if "plots" not in request.fixturenames:  # they take longer than all else
+        monkeypatch.setattr(page, "draw", lambda study, metric: {})
+    return config(out=str(tmp_path / "search"), search=TRIED)
+
+
+@pytest.fixture
+def plots():
+    """Asks for optuna's plots."""
+
+
+def rates(outcome):
+    return [row["options"]["learning_rate"] for row in outcome.trials]
+
+
+def test_a_search_finds_the_best_and_leaves_it(monkeypatch, given, plots, tmp_path):
+    Landscape(monkeypatch)
+    found = search.search(given, 10)
+    folder = tmp_path / "search"
+    assert len(found.trials) == 10 and not found.stopped
+    assert found.best["accuracy"] == max(row["accuracy"] for row in found.trials if row["state"] == "done")
+    assert abs(math.log10(found.config.learning_rate) + 3) < 1
+    best = configs.read(folder / "best.yaml")
+    assert best.learning_rate == found.config.learning_rate and best.search == {} and not best.overwrite
+    assert best.out.name == "best" and not best.out.exists()
+    assert [path.parent.name for path in folder.glob("trials/*/adapter")] == [f"{found.best['trial']:04d}"]
+    assert not list(folder.glob("trials/*/checkpoints"))
+    with (folder / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10 and float(rows[0]["learning_rate"]) == found.trials[0]["options"]["learning_rate"]
+    assert len(json.loads((folder / "trials.json").read_text())) == 10
+    assert {path.name for path in folder.glob("*.png")} == {"importance.png", "parallel.png"}
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png") == 2 and "best.yaml" in page
+
+
+def test_the_same_seed_is_the_same_search(monkeypatch, given, tmp_path):
+    Landscape(monkeypatch)
+    first = search.search(given, 3)
+    again = search.search(given.model_copy(update={"out": tmp_path / "again"}), 3)
+    other = search.search(given.model_copy(update={"out": tmp_path / "other", "seed": 1}), 3)
+    assert rates(first) == rates(again) != rates(other)
+
+
+def test_a_killed_search_goes_on_as_if_nothing_had_happened(monkeypatch, given, tmp_path):
+    Landscape(monkeypatch)
+    whole = search.search(given.model_copy(update={"out": tmp_path / "whole"}), 7)
+    landscape = Landscape(monkeypatch)
+
+    class Kill(BaseException):
+        pass
+
+    def die(config, count):
+        if count == 4:
+            raise Kill
+
+    landscape.before = die
+    with pytest.raises(Kill):
+        search.search(given, 7)
+    landscape.before = lambda config, count: None
+    found = search.search(given, 7)
+    assert rates(found) == rates(whole)
+    assert [row["accuracy"] for row in found.trials] == [row["accuracy"] for row in whole.trials]
+    assert len(landscape.seen) == 8
+    # the trial that was cut off is taken up in its own folder
+    assert landscape.seen[4].resume and landscape.seen[4].out == landscape.seen[3].out
+    aside = [trial.user_attrs.get("aside") for trial in found.study.trials]
+    assert aside.count("killed") == 1
+
+
+def test_ctrl_c_keeps_everything(monkeypatch, given):
+    landscape = Landscape(monkeypatch)
+
+    def interrupt(config, count):
+        if count == 3:
+            raise KeyboardInterrupt
+
+    landscape.before = interrupt
+    found = search.search(given, 6)
+    assert found.stopped and len(found.trials) == 3 and found.best and (found.folder / "best.yaml").exists()
+    assert found.trials[2]["state"] == "waiting"
+    landscape.before = lambda config, count: None
+    found = search.search(given, 6)
+    assert not found.stopped and [row["state"] for row in found.trials][:4] == ["done"] * 4
+    assert len(found.trials) == 6 and len({row["trial"] for row in found.trials}) == 6
+
+
+def test_more_trials_add_to_those_there_are(monkeypatch, given):
+    landscape = Landscape(monkeypatch)
+    search.search(given, 3)
+    assert len(search.search(given, 5).trials) == 5 and len(landscape.seen) == 5
+
+
+def test_poor_trials_are_cut_short(monkeypatch, given):
+    def value(config):
+        return 1.0 if len(landscape.seen) <= search.WAIT else 0.0
+
+    landscape = Landscape(monkeypatch, value)
+    found = search.search(given, 7)
+    assert [row["state"] for row in found.trials] == ["done"] * 4 + ["pruned"] * 3
+    assert found.trials[-1]["accuracy"] == -1.0 and "median" in found.trials[-1]["reason"]
+    found = search.search(given.model_copy(update={"out": given.out.parent / "all"}), 7, prune=False)
+    assert {row["state"] for row in found.trials} == {"done"}
+
+
+def test_a_trial_that_fails_does_not_end_the_search(monkeypatch, given):
+    def fail(config, count):
+        if count == 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 3 GiB")
+        if count == 3:
+            raise RuntimeError("shapes differ\nand more")
+
+    landscape = Landscape(monkeypatch, lambda config: math.nan if len(landscape.seen) == 4 else 1.0)
+    landscape.before = fail
+    found = search.search(given, 6)
+    assert [row["state"] for row in found.trials] == ["done", "failed", "failed", "failed", "done", "done"]
+    reasons = [row["reason"] for row in found.trials]
+    assert reasons[1:4] == ["out of memory", "RuntimeError: shapes differ and more", "accuracy was no number"]
+    assert all(reason in (found.folder / "report.html").read_text() for reason in reasons)
+
+
+def test_what_always_fails_ends_the_search(monkeypatch, given):
+    landscape = Landscape(monkeypatch)
+
+    def fail(config, count):
+        raise RuntimeError("no such layer")
+
+    landscape.before = fail
+    with pytest.raises(DataError, match="3 trials, all failed: RuntimeError: no such layer"):
+        search.search(given, 20)
+    assert len(landscape.seen) == 3
+
+
+def test_bad_data_ends_the_search_at_once(monkeypatch, given):
+    landscape = Landscape(monkeypatch)
+
+    def fail(config, count):
+        raise DataError("given: rows.csv: empty")
+
+    landscape.before = fail
+    with pytest.raises(DataError, match="rows.csv"):
+        search.search(given, 20)
+    assert len(landscape.seen) == 1
+
+
+def test_another_config_is_another_search(monkeypatch, given):
+    Landscape(monkeypatch)
+    search.search(given, 2)
+    with pytest.raises(SettingsError, match="other options .epochs."):
+        search.search(given.model_copy(update={"epochs": 9.0}), 2)
+    with pytest.raises(SettingsError, match="other options"):
+        search.search(given.model_copy(update={"search": {"r": [4]}}), 2)
+    fresh = search.search(
+        given.model_copy(update={"search": {"r": [4, 8]}, "learning_rate": 1e-3, "overwrite": True}), 2
+    )
+    assert [list(row["options"]) for row in fresh.trials] == [["r"], ["r"]]
+
+
+def test_a_folder_with_something_else_in_it(monkeypatch, given):
+    given.out.mkdir()
+    (given.out / "notes.txt").write_text("mine")
+    with pytest.raises(SettingsError, match="something else"):
+        search.search(given, 2)
+
+
+def test_two_options_are_tried_once_each(monkeypatch, given):
+    landscape = Landscape(monkeypatch, lambda config: config.r)
+    found = search.search(given.model_copy(update={"search": {"r": [4, 8]}}), 2)
+    assert {row["options"]["r"] for row in found.trials} == {4, 8} and len(landscape.seen) == 2
+    found = search.search(given.model_copy(update={"search": {"r": [4, 8]}}), 4)
+    assert len(found.trials) == 4 and len(landscape.seen) == 2  # a run gives the same twice: no need to train again
+
+
+def test_no_trial_starts_when_time_is_up(monkeypatch, given):
+    Landscape(monkeypatch)
+    assert search.search(given, 5, timeout=0).trials == []
+
+
+def test_a_study_file_of_something_else(monkeypatch, given, tmp_path):
+    Landscape(monkeypatch)
+    (tmp_path / "study.db").write_text("this is no database, but a text that is long enough to be looked at")
+    with pytest.raises(DataError, match="study"):
+        search.search(given, 1, study=tmp_path / "study.db")
+
+
+# ---- real trials
+
+
+def test_real_trials(options, tmp_path):
+    given = configs.read(
+        options | {"out": str(tmp_path / "found"), "epochs": 3, "search": {"method": ["lora", "head"]}}
+    )
+    said = []
+    found = search.search(given, 2, tell=lambda event, facts: said.append(event))
+    assert [row["state"] for row in found.trials] == ["done", "done"]
+    assert found.best["accuracy"] > 0.7 and said.count("judged") == 6
+    assert (tmp_path / "found" / found.best["folder"] / "report.html").exists()
+    from peft_fast.recipes import run
+
+    made = run.train(tmp_path / "found" / "best.yaml", say=lambda text: None)
+    assert made.result["best"]["value"] == found.best["accuracy"]
