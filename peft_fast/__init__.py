@@ -14,7 +14,6 @@ _WHERE = {
     "enable": "peft_fast.patch",
     "disable": "peft_fast.patch",
     "disabled": "peft_fast.patch",
-    "fast_calls": "peft_fast.ops",
     "lora_linear": "peft_fast.ops",
     "Adapter": "peft_fast.ops",
     "train": "peft_fast.recipes.run",

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +24,9 @@ for name in [name for name in os.environ if name.startswith("PEFT_FAST_") and na
 _scratch = tempfile.TemporaryDirectory(prefix="peft_fast-tests-", ignore_cleanup_errors=True)
 os.environ["PEFT_FAST_CACHE"] = _scratch.name
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(_scratch.name) / "triton"))
+# a shell that runs this in the background has it ignored, and every process that a test starts would inherit that
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # the tests' models are small; the rule itself has tests of its own
 os.environ["PEFT_FAST_MIN_TOKENS"] = "0"
 

@@ -55,6 +55,7 @@ def everything(run: Any, fast: bool, profile: bool) -> dict[str, Any]:
     import torch
 
     import peft_fast
+    from peft_fast import ops
     from peft_fast.benchmarks import memory
 
     model = run.model
@@ -81,7 +82,7 @@ def everything(run: Any, fast: bool, profile: bool) -> dict[str, Any]:
         "step_bytes": memory.peak_bytes(step, run.args.device),
         **profiled,
         "tokens_in_batch": int(batch["attention_mask"].sum()),
-        "fast_calls": peft_fast.fast_calls(),
+        "fast_calls": ops.fast_calls(),
         **(layers if fast else {}),
     }
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_fast import fast_calls
+from peft_fast.ops import fast_calls
 
 RATE = 0.1
 FACTOR = 3

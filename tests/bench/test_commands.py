@@ -106,7 +106,7 @@ def test_a_model_that_is_not_fast_is_refused(monkeypatch, capsys):
     "args, error, words",
     [
         (["lora_liner"], UnsupportedError, "did you mean lora_linear?"),
-        (["nonsense"], UnsupportedError, "lora_embedding, train_step, smollm2, table"),
+        (["nonsense"], UnsupportedError, "lora_embedding, train_step, smollm2, methods, table"),
         (["train_step", "--model", "bert"], UnsupportedError, "bert-base-like, gpt2-like, llama-like"),
         (["lora_linear", "--dtype", "bf61"], UnsupportedError, "did you mean bf16?"),
         (["lora_linear", "--dropout", "1"], SettingsError, "from 0 to below 1"),
@@ -131,7 +131,7 @@ def test_the_command_line_prints_the_three_lines(capsys):
 
 def test_without_matplotlib_there_is_a_note_instead_of_a_picture(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    bench._plot({"rows": []}, tmp_path / "x.png")
+    bench._plot({"bench": "train_step", "rows": []}, tmp_path / "x.png")
     assert "matplotlib is not installed" in capsys.readouterr().out
 
 

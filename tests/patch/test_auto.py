@@ -21,7 +21,7 @@ assert not any(type(finder).__module__ == "peft_fast.auto" for finder in sys.met
 assert type(layer.__loader__).__name__ == "SourceFileLoader" and "exec_module" not in vars(layer.__loader__)
 assert "lora_A_keys" in inspect.getsource(Linear.forward)
 """
-COUNT = "import peft_fast\nprint(peft_fast.fast_calls(), peft_fast.report().fast_calls)\n"
+COUNT = "import peft_fast\nfrom peft_fast import ops\nprint(ops.fast_calls(), peft_fast.report().fast_calls)\n"
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import activations
 
 import peft_fast
-from peft_fast import settings
+from peft_fast import ops, settings
 from peft_fast.patch import blocks
 from tests.patch.toys import (
     K,
@@ -82,10 +82,10 @@ def runs(model):
 def assert_block(model, x=None, rtol=1e-5):
     """The call ran as one block, all its layers counted, and is stock's."""
     x = inputs() if x is None else x
-    before = peft_fast.fast_calls()
+    before = ops.fast_calls()
     expected, got, fast, handed_back = both(model, x)
     assert handed_back == {} and fast == len(layers(model)) and runs(model) == 1
-    assert peft_fast.fast_calls() - before == 1
+    assert ops.fast_calls() - before == 1
     assert_same(expected, got, rtol)
 
 

@@ -13,7 +13,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 import peft_fast
-from peft_fast import settings
+from peft_fast import ops, settings
 from peft_fast.errors import PeftFastError, UnsupportedError
 from peft_fast.patch import guard, known, ledger, marks, plan, switch
 from tests.patch.toys import K, Toy, assert_fast, both, inputs, layers, toy
@@ -123,7 +123,7 @@ def test_peft_fast_disable_hands_everything_back():
 
 def test_report_counts_calls_and_prints_them():
     model = toy(lora_dropout=0.1)
-    before, process = peft_fast.fast_calls(), peft_fast.report()
+    before, process = ops.fast_calls(), peft_fast.report()
     for _ in range(3):
         model(inputs())
     with model.disable_adapter():
@@ -133,7 +133,7 @@ def test_report_counts_calls_and_prints_them():
     assert report.fast == ("base_model.model.down",)
     hooked = "hooks or a replaced forward on lora_A, lora_B or lora_dropout"
     assert report.slow == {"base_model.model.up": hooked}
-    assert report.fast_calls == 6 == peft_fast.fast_calls() - before
+    assert report.fast_calls == 6 == ops.fast_calls() - before
     assert report.handed_back == {"the adapters are disabled": 2}
     assert str(report).splitlines() == [
         "peft_fast: 1 of 2 LoRA layers are fast",
@@ -313,9 +313,9 @@ def test_few_tokens_are_handed_back():
 def test_dropout_without_the_compiled_mask_is_handed_back(monkeypatch):
     model = toy(lora_dropout=0.5).train()
     monkeypatch.setattr(plan, "native_mask", lambda device: False)
-    before = peft_fast.fast_calls()
+    before = ops.fast_calls()
     model(inputs())
-    assert peft_fast.fast_calls() == before
+    assert ops.fast_calls() == before
     assert any("draw its mask" in reason for reason in peft_fast.report(model).handed_back)
     assert both(model.eval(), inputs())[2] == 2
 
