@@ -6,7 +6,7 @@ import argparse
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic_core import PydanticUndefined
@@ -14,15 +14,6 @@ from pydantic_core import PydanticUndefined
 from peft_fast.recipes import config as configs
 from peft_fast.recipes.config import Config
 
-# how the help names a set of tasks
-GROUPS = {
-    configs.TEXT: "text",
-    configs.SEQ2SEQ: "translation, summarization",
-    configs.GENERATES: "generation",
-    configs.IMAGES: "images",
-    configs.AUDIO: "audio",
-    configs.LABELLED: "classification",
-}
 INLINE = 26  # characters of choices that stand beside the flag; more go to the text
 SPLITS = ("train", "validation", "test")
 
@@ -71,7 +62,7 @@ def _add_one(group: Any, name: str, field: Any) -> None:
         words.append(f"one of {', '.join(choices)}")
     if default := _default(field):
         words.append(f"default {default}")
-    if only := _only(field.json_schema_extra):
+    if only := configs.only(field.json_schema_extra):
         words.append(f"[{only}]")
     text = _joined(words).replace("%", "%%")
     if kinds == [bool]:
@@ -124,20 +115,6 @@ def _default(field: Any) -> str:
         return ("yes" if value else "no") if field.annotation is bool else str(value).lower()
     # texts that say themselves what 0 means
     return "" if value == 0 and "; 0" in field.description else f"{value}"
-
-
-def _only(about: Mapping[str, Any]) -> str:
-    """For which tasks or methods an option is there."""
-    tasks = about["tasks"] and tuple(about["tasks"])
-    named, left = [], set(tasks or ())
-    while left:
-        best = max(GROUPS, key=lambda group: len(left & set(group)) if set(group) <= set(tasks) else 0)
-        if len(covered := left & set(best)) < 2 or not set(best) <= set(tasks):
-            named += [task for task in tasks if task in left]
-            break
-        named.append(GROUPS[best])
-        left -= covered
-    return ", ".join([*named, *(about["methods"] or ())])
 
 
 def given(namespace: argparse.Namespace) -> dict[str, Any]:

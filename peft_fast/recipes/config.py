@@ -54,6 +54,15 @@ AUDIO = ("speech-recognition", "audio-classification")
 MEASURED = ("sequence-classification", "token-classification", "causal-lm", "regression", *SEQ2SEQ, *AUDIO)
 LABELLED = ("sequence-classification", "token-classification", "image-classification", "audio-classification")
 ADAPTERS = ("lora", "dora")
+# how help and docs name a set of tasks
+GROUPS = {
+    TEXT: "text",
+    SEQ2SEQ: "translation, summarization",
+    GENERATES: "generation",
+    IMAGES: "images",
+    AUDIO: "audio",
+    LABELLED: "classification",
+}
 # what `search` tries in place of an option: alpha = alpha_ratio · r, learning_rate = ratio · the method's own
 RATIOS = {"alpha_ratio": "alpha", "learning_rate_ratio": "learning_rate"}
 
@@ -360,3 +369,17 @@ def _near(name: str) -> str:
 def dump(config: Config) -> str:
     """YAML that `read` reads back to the same config."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+
+
+def only(about: Mapping[str, Any]) -> str:
+    """For which tasks or methods an option is there."""
+    tasks = about["tasks"] and tuple(about["tasks"])
+    named, left = [], set(tasks or ())
+    while left:
+        best = max(GROUPS, key=lambda group: len(left & set(group)) if set(group) <= set(tasks) else 0)
+        if len(covered := left & set(best)) < 2 or not set(best) <= set(tasks):
+            named += [task for task in tasks if task in left]
+            break
+        named.append(GROUPS[best])
+        left -= covered
+    return ", ".join([*named, *(about["methods"] or ())])

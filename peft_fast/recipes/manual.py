@@ -22,14 +22,6 @@ is `--fast` or `--no-fast`. What does not apply to the task or method is refused
 
 <!-- written by `python -m peft_fast.recipes.manual`; a test fails when it is not what config.py says -->
 """
-NAMES = {
-    configs.TEXT: "text",
-    configs.SEQ2SEQ: "translation, summarization",
-    configs.GENERATES: "generation",
-    configs.IMAGES: "images",
-    configs.AUDIO: "audio",
-    configs.LABELLED: "classification",
-}
 
 
 def page() -> str:
@@ -40,7 +32,7 @@ def page() -> str:
         parts.append(f"\n## {what[:1].upper()}{what[1:]}\n\n{head}")
         for name, field in Config.model_fields.items():
             if field.json_schema_extra["section"] == section:
-                only = _only(field.json_schema_extra)
+                only = configs.only(field.json_schema_extra)
                 what_it_is = f"{field.description}{f' ({only})' if only else ''}"
                 cells = (f"`{name}`", _takes(field.annotation), _default(field), what_it_is)
                 parts.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
@@ -68,18 +60,6 @@ def _default(field: Any) -> str:
     if value is None or value == [] or value == {} or value == "":
         return ""
     return {True: "`true`", False: "`false`"}[value] if isinstance(value, bool) else f"`{value}`"
-
-
-def _only(about: dict[str, Any]) -> str:
-    """For which tasks and methods the option is there."""
-    tasks, methods = about["tasks"] or (), about["methods"] or ()
-    left, named = set(tasks), []
-    for group, word in sorted(NAMES.items(), key=lambda entry: -len(entry[0])):
-        if set(group) <= set(tasks) and len(left & set(group)) > 1:
-            named.append(word)
-            left -= set(group)
-    named += [task for task in tasks if task in left]
-    return ", ".join([*named, *methods])
 
 
 if __name__ == "__main__":
