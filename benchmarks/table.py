@@ -185,8 +185,10 @@ def methods(runs: list[dict]) -> str:
             f"{s['model'].removeprefix('example:')} on {s['data'].removeprefix('example:')}: {counts['train']:,} rows, "
             f"{s['epochs']:g} epochs of batches of {s['batch_size']}, {run['rows'][0]['model']['dtype']}, "
             f"{s['threads']} threads; tested on {n:,} rows, of which {100 * run['rows'][0]['chance']:.1f} % have the "
-            f"most frequent label; the standard error of an accuracy is {error:.1f} points. Peak memory is the "
-            "process's, beyond what it held before the model was there; the forecast is that of --dry-run"
+            f"most frequent label; the standard error of an accuracy is {error:.1f} points. Each method had "
+            f"{len(run['rows'][0]['tried'])} learning rates; the {counts['validation']:,} validation rows chose. Peak "
+            "memory is the process's, with its libraries and what its allocator could not give back, beyond what it "
+            "held before the model was there; the forecast, that of --dry-run, counts the tensors of a step"
         )
         parts.append("\n".join([*lines, "", f"<sub>{facts}. {machine.line(run['machine'])}.</sub>"]))
     return "\n\n".join(parts) or NONE.format(bench="methods")
@@ -325,9 +327,13 @@ def update(readme: Path = README, folder: Path = RESULTS, check: bool = False) -
     """Rewrites the README (or only looks, with `check`); True when it was already in sync."""
     if not readme.is_file():
         fail(DataError, "no README.md beside benchmarks/", "a clone of the repository", "run it there")
-    pages = {readme: SECTIONS} | ({WHICH: WHICH_SECTIONS} if readme == README else {})
+    found = {readme: SECTIONS}
+    if readme == README:
+        from . import pages  # what it needs is not on every GPU machine
+
+        found |= {WHICH: WHICH_SECTIONS} | pages.sections()
     in_sync = True
-    for page, sections in pages.items():
+    for page, sections in found.items():
         old = page.read_text(encoding="utf-8")
         new = render(old, documents(folder), sections)
         in_sync = in_sync and new == old

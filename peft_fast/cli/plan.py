@@ -77,7 +77,10 @@ def summary(result: Mapping[str, Any], folder: Path, console: Any = None) -> Non
     if best["step"] is not None:
         kept = "kept" if result["config"]["keep_best"] else "not kept: keep_best is off"
         early = ", stopped early" if result["early_stopped"] else ""
-        table.add_row("best", f"step {best['step']:,} of {speed['steps']:,} ({kept}){early}")
+        where = f"step {best['step']:,} of {speed['steps']:,}"
+        if not best["step"]:
+            where = "before training: no evaluation was better"
+        table.add_row("best", f"{where} ({kept}){early}")
     table.add_row(
         "speed", f"{words.rate(speed['per_second'])} {speed['unit']}/s, {words.seconds(result['seconds'])} in all"
     )

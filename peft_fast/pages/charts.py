@@ -41,7 +41,7 @@ def lines(
     """
     xs = [x for _, values, _ in series for x in values] + [x for x, _ in marks] + [x for _, x, _, _ in dots] or [0.0]
     ys = [y for _, _, values in series for y in values if math.isfinite(y)] + [y for _, _, y, _ in dots] or [0.0]
-    x_ticks, y_ticks = ticks(min(xs), max(xs), 6), ticks(0.0 if zero else min(ys), max(ys))
+    x_ticks, y_ticks = ticks(min(xs), max(xs), 6), _heights(0.0 if zero else min(ys), max(ys))
     x0, x1, y0, y1 = min(xs), max(xs), y_ticks[0], y_ticks[-1]
     room = max(len(number(y)) for y in y_ticks)
     left, right, top, bottom = max(52, 14 + 8 * room), width - 14, 26 + 18 * bool(marks), height - 38
@@ -72,6 +72,14 @@ def lines(
     parts += _upright(marks, px, (left, right), (top, bottom))
     parts += [_text(right, height - 4, x_label, "end"), _text(2, 12, y_label)]
     return _svg(parts, width, height, label)
+
+
+def _heights(low: float, high: float) -> list[float]:
+    """Ticks; where all values are alike, that one in the middle."""
+    if high - low > 1e-9 * max(abs(low), abs(high)):
+        return ticks(low, high)
+    apart = 10.0 ** math.floor(math.log10(abs(high))) / 10 if high else 1.0
+    return [high - apart, high, high + apart]
 
 
 def _pieces(xs: Sequence[float], ys: Sequence[float]) -> list[list[tuple[float, float]]]:

@@ -83,13 +83,14 @@ def rows(results: Sequence[Result], asked: str | None = None) -> tuple[list[str]
             [
                 title,
                 words.metric(name, value) + star,
+                split(result, name),
                 words.seconds(flow.get("train_seconds", result.get("seconds"))),
                 words.size(memory.get("peak_bytes")),
                 words.count((result.get("model") or {}).get("trainable")),
                 words.speed(result),
             ]
         )
-    return ["run", name, "training", "memory", "trained", "speed"], body
+    return ["run", name, "of rows", "training", "memory", "trained", "speed"], body
 
 
 def options(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
@@ -104,12 +105,23 @@ def options(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
 def score(result: Result, name: str) -> float | None:
     """The run's value of a metric: on the test rows if there are any, as it is summed up by."""
-    for split in ("test", "validation"):
-        value = (result.get("final") or {}).get(split, {}).get(name)
-        if value is not None:
-            return float(value)
+    value = (result.get("final") or {}).get(split(result, name), {}).get(name)
+    if value is not None:
+        return float(value)
     best = result.get("best") or {}
     return best.get("value") if name == result.get("metric") else None
+
+
+def split(result: Result, name: str) -> str:
+    """Of which split that value is."""
+    final = result.get("final") or {}
+    return next((s for s in ("test", "validation") if final.get(s, {}).get(name) is not None), "validation")
+
+
+def heading(results: Sequence[Result], name: str) -> str:
+    """What the page and the picture are called."""
+    splits = dict.fromkeys(split(result, name) for result in results)
+    return f"{len(results)} runs by {name} of the {' or '.join(splits)} rows"
 
 
 def _short(value: Any) -> str:
@@ -147,10 +159,11 @@ def build(results: Sequence[Result], asked: str | None = None) -> str:
     name, titles = metric(results, asked), names(results)
     head, body = rows(results, asked)
     key = charts.key([(f"line{i % 8}", title) for i, title in enumerate(titles)])
-    parts = [f"<h1>{escape(f'{len(results)} runs by {name}')}</h1>"]
+    whole = heading(results, name)
+    parts = [f"<h1>{escape(whole)}</h1>"]
     parts += [f'<p class="alert">{escape(text[:1].upper() + text[1:])}.</p>' for text in warnings(results)]
     parts += [
-        table(head, body, numbers=range(1, 6)),
+        table(head, body, numbers=(1, 3, 4, 5, 6)),
         '<p class="soft">*: best.</p>',
     ]
     if differing(results):
@@ -161,7 +174,7 @@ def build(results: Sequence[Result], asked: str | None = None) -> str:
             series = [(f"line{i % 8}", one[place], one[2]) for i, one in enumerate(each) if one[0]]
             drawing = charts.lines(series, label, title, f"{title} by {label}", 290)
             parts.append(figure((key if place == 0 else "") + drawing, f"{title[:1].upper() + title[1:]} by {label}."))
-    return document(f"{len(results)} runs by {name}", parts)
+    return document(whole, parts)
 
 
 def draw(results: Sequence[Result], path: Path, asked: str | None = None) -> None:
@@ -185,6 +198,12 @@ def draw(results: Sequence[Result], path: Path, asked: str | None = None) -> Non
             axes.grid(axis="y", alpha=0.3)
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)
+    scores = ", ".join(
+        f"{_plain(title)} {words.metric(name, score(result, name))} ({split(result, name)})"
+        for title, result in zip(titles, results, strict=True)
+    )
+    said = f"{name}: {scores}" if len(results) <= 4 else heading(results, name)
+    picture.suptitle(said, fontsize=10, x=0.01, ha="left")
     grid[0][0].legend(frameon=False, fontsize=9)
     picture.tight_layout()
     picture.savefig(path)

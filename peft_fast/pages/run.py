@@ -27,7 +27,7 @@ def write(result: Result, folder: Path) -> Path:
 def build(result: Result) -> str:
     """The page of a result, however little is in it."""
     split, name, value = words.final(result)
-    headline = f"{words.title(result.get('task', 'run'))}: {name} {words.metric(name, value)}"
+    headline = f"{words.title(result.get('task', 'run'))}: {name} {words.metric(name, value)}, {split} rows"
     body = [
         f"<h1>{escape(headline)}</h1>",
         f"<p>{escape(_what(result))}</p>",
@@ -94,6 +94,11 @@ def _alerts(result: Result) -> list[str]:
         )
     if result.get("early_stopped"):
         found.append("Training ended early: the metric had stopped getting better (early_stopping).")
+    if (result.get("best") or {}).get("step") == 0 and result.get("state") != "stopped":
+        kept = "the weights that the run began with are what it leaves"
+        if not (result.get("config") or {}).get("keep_best", True):
+            kept = "what it leaves are the last weights, since keep_best is off"
+        found.append(f"No evaluation was better than the one before training: {kept}.")
     if resumed := result.get("resumed_at"):
         found.append(f"Resumed at step {', '.join(map(str, resumed))}.")
     css = {0: " bad"} if result.get("state") == "stopped" else {}
@@ -111,7 +116,8 @@ def _cards(result: Result, split: str, name: str, value: float | None) -> str:
     cards = [(words.metric(name, value), f"{name}, {split} rows{was}")]
     best = result.get("best") or {}
     if split == "test" and best.get("value") is not None:
-        cards.append((words.metric(name, best["value"]), f"{name}, validation rows, best at step {best.get('step')}"))
+        where = f"at step {best['step']:,}" if best.get("step") else "before training"
+        cards.append((words.metric(name, best["value"]), f"{name}, validation rows, best {where}"))
     train = (result.get("throughput") or {}).get("train_seconds")
     cards.append((words.seconds(train if train is not None else result.get("seconds")), "of training"))
     flow = result.get("throughput") or {}

@@ -8,6 +8,7 @@ import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def build(rows: Sequence[Mapping[str, Any]], metric: str, higher: bool, pictures
     shown = words.metric(metric, best[metric]) if best else "no trial done"
     title = f"Search over {len(rows)} trials: {metric} {shown}"
     body = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(_counts(rows))}</p>']
+    if again := [str(row["trial"]) for row in rows if row.get("again")]:
+        body.append(f'<p class="soft">Cut off and done again under its own number: trial {", ".join(again)}.</p>')
     if best:
         given = ", ".join(f"{name} {value}" for name, value in best["options"].items())
         body.append(f"<p>Best: trial {best['trial']}: {escape(given)}.</p>")
@@ -101,8 +104,7 @@ def _course(rows: Sequence[Mapping[str, Any]], metric: str, higher: bool) -> str
 
 def draw(study: Any, metric: str) -> dict[str, bytes]:
     """The plots that the trials so far allow, as PNG."""
-    names = together(study)
-    if not names:
+    if not (all_names := together(study, 2)):
         return {}
     import matplotlib
 
@@ -113,13 +115,15 @@ def draw(study: Any, metric: str) -> dict[str, bytes]:
     made = {}
     with warnings.catch_warnings(), plt.style.context("default"):
         warnings.simplefilter("ignore")
-        for name, plot in (
-            ("importance", lambda: plots.plot_param_importances(study, params=names)),
-            ("parallel", lambda: plots.plot_parallel_coordinate(study, params=names, target_name=metric)),
+        for name, names, plot in (
+            ("importance", together(study, FEWEST, apart=True), plots.plot_param_importances),
+            ("parallel", all_names, partial(plots.plot_parallel_coordinate, target_name=metric)),
         ):
+            if not names:
+                continue
             # a plot that optuna cannot make of these trials is left out
             with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):
-                plot()
+                plot(study, params=names)
                 made[name] = _png(plt, name, metric, len(names))
             plt.close("all")
     return made
@@ -147,8 +151,11 @@ def _png(plt: Any, name: str, metric: str, count: int) -> bytes:
     return stream.getvalue()
 
 
-def together(study: Any) -> list[str]:
-    """Options that the most finished trials have in common and that differ among them: r means nothing for full."""
+def together(study: Any, fewest: int, apart: bool = False) -> list[str]:
+    """Options that the most finished trials have in common and that differ among them: r means nothing for full.
+
+    No option if these trials are too few; ``apart``: or if they all came to the same value.
+    """
     done = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE" and "aside" not in t.user_attrs]
     kinds: dict[frozenset, int] = {}
     for trial in done:
@@ -159,6 +166,6 @@ def together(study: Any) -> list[str]:
         group = [trial for trial in done if kind <= set(trial.params)]
         names = [name for name in group[0].params if name in kind and len({str(t.params[name]) for t in group}) > 1]
         values = {trial.value for trial in group}
-        if len(group) >= FEWEST and len(values) > 1 and len(names) > len(best):
+        if len(group) >= fewest and len(values) > apart and len(names) > len(best):
             best = names
     return best

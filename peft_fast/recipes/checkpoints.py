@@ -89,14 +89,16 @@ def clean(folder: str | Path) -> list[str]:
 def best_of(path: Path) -> Path | None:
     """The folder of the best checkpoint as one of its neighbours knows it; a run's folder may have been moved."""
     with contextlib.suppress(OSError, ValueError):
-        if step := json.loads((path / "trainer_state.json").read_text()).get("best_global_step"):
+        step = json.loads((path / "trainer_state.json").read_text()).get("best_global_step")
+        if step is not None:
             return path.parent / f"checkpoint-{step}"
     return None
 
 
 def rotate(folder: Path, newest: Path, keep: int) -> None:
     """Leaves the ``keep`` newest checkpoints up to ``newest`` and the best ones that they name."""
-    course = [path for path in _all(folder) if _step(path) <= _step(newest)]
+    # the beginning is there for nothing but to be the best
+    course = [path for path in _all(folder) if 0 < _step(path) <= _step(newest)]
     kept = {*course[-max(keep, 1) :], newest}
     kept |= {best for path in list(kept) if (best := best_of(path)) is not None}
     # steps above the newest are of a course that was left, or damaged
@@ -284,8 +286,8 @@ class AtomicCheckpoints:
             finally:
                 self._work = None
             inner = work / final.name
-            best = state.best_global_step and folder / f"checkpoint-{state.best_global_step}"
-            state.best_model_checkpoint = str(best) if best and (best == final or best.is_dir()) else None
+            best = folder / f"checkpoint-{state.best_global_step}"  # None: there is no such folder
+            state.best_model_checkpoint = str(best) if best == final or best.is_dir() else None
             state.save_to_json(str(inner / "trainer_state.json"))
             _write(inner / STATE, self._state())
             _seal(inner, state.global_step)

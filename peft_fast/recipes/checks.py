@@ -235,7 +235,7 @@ def _long(splits: Splits, task: Task, config: Config, notes: list[str], long: di
             if config.long_rows == "truncate":
                 top = max(places, key=lambda place: sizes[place])
                 where = f"row {rows['row'][top]} has {_size(sizes[top])}"
-                notes.append(f"{splits.sources[split]}: {who} {are} and are cut ({where})")
+                notes.append(f"{splits.sources[split]}: {who} {are} and {task.truncates(split, role)} ({where})")
             elif config.long_rows == "skip":
                 notes.append(f"{splits.sources[split]}: {who} {are} and are left out")
                 long.setdefault(split, set()).update(places)

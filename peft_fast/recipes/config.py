@@ -223,7 +223,7 @@ class Config(BaseModel):
     metric: str | None = option("evaluation", None, "what says which checkpoint is best; default: the task's")
     early_stopping: int = option("evaluation", 0, "stop after so many evaluations without progress; 0: never", ge=0)
     min_delta: float = option("evaluation", 0.0, "what counts as progress", ge=0)
-    keep_best: bool = option("evaluation", True, "end with the best checkpoint instead of the last")
+    keep_best: bool = option("evaluation", True, "end with the best weights, be it those before training, not the last")
     eval_batch_size: int = option("evaluation", 0, "rows at once in evaluation; 0: twice batch_size", ge=0)
     beams: int = option("evaluation", 1, "beams of generation", GENERATES, ge=1)
     min_score: float = option(
@@ -237,7 +237,7 @@ class Config(BaseModel):
     save_every: Literal["epoch"] | int | None = option(
         "run", None, "checkpoints: epoch, or a number of steps; default: at every evaluation"
     )
-    keep: int = option("run", 2, "checkpoints kept", ge=1)
+    keep: int = option("run", 2, "checkpoints kept besides the best", ge=1)
     seed: int = option("run", 0, "of everything drawn", ge=0, lt=2**32)
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "run", "auto", "of frozen weights; auto: bf16 where the machine multiplies it; what trains stays fp32"

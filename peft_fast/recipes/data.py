@@ -8,20 +8,20 @@ Rows that have no such form never get into a Dataset: they are `splits.problems`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy
 
 from peft_fast.errors import DataError, fail
 from peft_fast.recipes import columns, examples, forms, media, sources
 from peft_fast.recipes.config import Config
 from peft_fast.recipes.files import Table, Unreadable
 from peft_fast.recipes.media import audio_seconds, load_audio, load_image
+from peft_fast.recipes.splits import Splits
 from peft_fast.recipes.tasks import Column, Problem, Task
 
 if TYPE_CHECKING:
@@ -33,37 +33,35 @@ SKIP = "mend them, or leave such rows out with bad_rows: skip (--bad-rows skip)"
 LISTED = 20
 
 
-class Splits(dict):
-    """The rows by split; where they are from, what is to be said of them, and which could not be used."""
+_kept: dict[str, tuple[Splits, dict[str, Any]]] | None = None
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.sources: dict[str, str] = {}
-        self.notes: list[str] = []
-        self.problems: list[Problem] = []
-        self.names: dict[str, str] = {}  # role -> column, as the user knows it
-        self._files: dict[str, list[str]] = {}  # of each row, where a split has several
 
-    def add(self, split: str, rows: Dataset, source: str, files: list[str] | None = None) -> None:
-        self[split], self.sources[split] = rows, source
-        if files:
-            self._files[split] = files
-
-    def file(self, split: str, place: int) -> str:
-        """The name of the file that row ``place`` of the split is from."""
-        return self._files[split][place] if split in self._files else self.sources[split]
-
-    def select(self, split: str, places: Sequence[int], into: str | None = None) -> None:
-        """Keep only these rows of the split, in this order; with ``into`` as another split."""
-        into = into or split
-        if split in self._files:
-            self._files[into] = [self._files[split][place] for place in places]
-        self.sources[into] = self.sources[split]
-        self[into] = self[split].select(numpy.asarray(places, dtype=int))  # a list's fingerprint takes seconds
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Inside, rows are read once for the same options of data: the runs of a search differ in others."""
+    global _kept
+    before, _kept = _kept, {}
+    try:
+        yield
+    finally:
+        _kept = before
 
 
 def read(config: Config, task: Task, say: Callable[[str], None] = lambda text: None) -> Splits:
     """The splits of ``config.data``; validation is made of train where there is none."""
+    if _kept is None or task.modality == "series":  # a series task notes more than rows while it reads
+        return _read(config, task, say)
+    fields = {name: field.json_schema_extra["section"] for name, field in Config.model_fields.items()}
+    chosen = {name for name, section in fields.items() if section in ("what", "data")} - {"method"} | {"seed"}
+    key = config.model_dump_json(include=chosen)
+    if key not in _kept:
+        _kept[key] = _read(config, task, say), {name: v for name, v in task.facts.items() if name.endswith(" of")}
+    splits, facts = _kept[key]
+    task.facts |= facts
+    return splits.copy()
+
+
+def _read(config: Config, task: Task, say: Callable[[str], None]) -> Splits:
     sources.check(config)
     tables = sources.tables(config.data, task, say)
     given = given_columns(config)

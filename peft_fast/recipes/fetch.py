@@ -255,10 +255,21 @@ def _pip_download(package: Package, folder: Path) -> subprocess.CompletedProcess
     ]
     if package.archive.endswith(".tar.gz"):
         command += ["--no-binary", package.requirement.partition("==")[0]]
-        # pip asks an sdist for its metadata; with setuptools here it needs no download of its own for that
-        if importlib.util.find_spec("setuptools") is not None:
+        if _metadata_here():
             command += ["--no-build-isolation"]
     return subprocess.run(command, capture_output=True, text=True, errors="replace")
+
+
+def _metadata_here() -> bool:
+    """Whether setuptools here can say an sdist's metadata, which pip asks: it needs no download of its own then.
+
+    That of a fresh Python 3.11 can not: it has no bdist_wheel, which comes with `wheel` or setuptools 70.1.
+    """
+    found = importlib.util.find_spec("setuptools")
+    if found is None:
+        return False
+    own = Path(found.origin).parent / "command" / "bdist_wheel.py"
+    return own.exists() or importlib.util.find_spec("wheel") is not None
 
 
 def _last_error(stderr: str) -> str:

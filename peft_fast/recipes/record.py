@@ -17,6 +17,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -100,6 +101,8 @@ class Record:
         folder, config = self.folder, self.config
         if folder.exists() and not folder.is_dir():
             fail(SettingsError, f"out: {folder}, a file", "a folder", "pass another --out")
+        with contextlib.suppress(OSError), (folder / LOCK).open() as lock:
+            self._hold(lock)  # asked again when the folder is taken
         if config.resume and (folder / CONFIG).exists():
             self._same()
         # nothing there yet: a job that is always started with --resume begins once
@@ -114,11 +117,11 @@ class Record:
 
     def _same(self) -> None:
         """A run that goes on is the run that stopped."""
-        before = config_of(self.folder).model_dump(mode="json")
-        now = self.config.model_dump(mode="json")
-        changed = [name for name in now if name not in LATER and now[name] != before.get(name)]
-        if changed:
-            lines = [f"{name}: {now[name]!r}, the run in {self.folder} has {before.get(name)!r}" for name in changed]
+        before, now = config_of(self.folder), self.config
+        had, given = before.model_dump(mode="json"), now.model_dump(mode="json")
+        changed = [name for name in given if name not in LATER and given[name] != had[name]]
+        pairs = {name: (_in_force(now, name), _in_force(before, name)) for name in changed}
+        if lines := [f"{name}: {a}, the run in {self.folder} has {b}" for name, (a, b) in pairs.items() if a != b]:
             do = "leave these out (`--resume --out DIR` alone is enough), or start a run of its own with another --out"
             fail(SettingsError, "\n  ".join(["--resume with", *lines]), "the options the run began with", do)
 
@@ -138,18 +141,27 @@ class Record:
         self.lines = (self.folder / LOG).open("a", encoding="utf-8")
 
     def _take(self) -> None:
+        lock = (self.folder / LOCK).open("w")
+        try:
+            self._hold(lock)
+        except SettingsError:
+            lock.close()
+            raise
+        self.lock = lock
+
+    def _hold(self, lock: IO[str]) -> None:
+        """Locks the file until it is closed; refuses a folder that another process trains in."""
         try:
             import fcntl
         except ImportError:  # not a POSIX system: nothing warns of two runs in one folder there
             return
-        self.lock = (self.folder / LOCK).open("w")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.lock.close()
-            self.lock = None
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             given = f"out: {self.folder}, where another process is training"
             fail(SettingsError, given, "a folder for this run alone", "wait for it, or pass another --out", error)
+        except OSError:  # nor on a file system without locks
+            return
 
     def _rows(self, learnt: dict[str, Any]) -> None:
         try:
@@ -212,11 +224,23 @@ class Record:
             if self.lines:
                 self.lines.close()
         if self.fresh and not self.begun:
+            self.fresh = False
             with contextlib.suppress(OSError):
                 self._undo()
         if self.lock:
             self.lock.close()
         self.lines = self.lock = None
+
+
+def _in_force(config: Config, name: str) -> str:
+    """An option's value as a message says it; where the default is found out later, with what that is."""
+    from peft_fast.recipes import tasks
+
+    computed = {"learning_rate": config.rate, "head_learning_rate": config.head_rate}
+    computed["metric"] = config.metric or tasks.get(config.task).metric
+    value, field = computed.get(name, getattr(config, name)), Config.model_fields[name]
+    meaning = re.search(r"(?:\b0|default): (.+)", field.description) if value == field.default else None
+    return f"{value!r} ({meaning[1]})" if meaning else repr(value)
 
 
 def full(error: Exception, folder: Path) -> None:

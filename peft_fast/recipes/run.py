@@ -85,12 +85,16 @@ def train(
     screen = Screen(say)
     with as_it_was(config):
         began = time.time()
-        prepared = prepare(config, screen.say)
         try:
+            prepared = prepare(config, screen.say)
             record.open(prepared.task.facts, prepared.rows)
             return _train(prepared, record, screen, callbacks, began)
         except Exception as error:
             records.full(error, record.folder)
+            raise
+        except KeyboardInterrupt:
+            record.close()
+            screen.say(_standing(record))
             raise
         finally:
             record.close()
@@ -179,6 +183,9 @@ def prepare(config: Config, say: Say = lambda text: None, forecast_only: bool = 
     features = {name: task.encode(rows, name) for name, rows in splits.items()}
     if not len(features["train"]):
         fail(SettingsError, "no training row is left after encoding", "rows that fit", "raise max_length, or see notes")
+    if config.progressive and (note := task.ends_small(features["train"])):
+        notes = [*notes, note]
+        say(f"note: {note}")
     an_epoch = steps_per_epoch(config, len(features["train"]))
     optimizer.warmup_steps(config, config.steps or math.ceil(config.epochs * an_epoch))
     return Prepared(config, task, splits, list(notes), model, features, device, precision, loaded)
@@ -274,16 +281,12 @@ def _train(prepared: Prepared, record: records.Record, screen: Any, callbacks: S
         save(prepared, folder)
         ending = results.Ending("done", final, shown)
     except Stopped as stopped:
+        record.begin()  # the checkpoint may be that of the beginning
         ending.signum = stopped.signum
         screen.say(
             f"stopped at step {learner.state.global_step:,}; its checkpoint is saved. To go on:\n  {_go_on(config)}"
         )
-    except BaseException as error:
-        last = checkpoints.latest(saved)
-        if isinstance(error, KeyboardInterrupt) and last is not None:
-            screen.say(
-                f"stopped at once; {last.name} is the last that was saved. To go on from it:\n  {_go_on(config)}"
-            )
+    except BaseException:
         if record.begun:  # whatever ended it, the folder says how far it came; what is told is why it ended
             with contextlib.suppress(Exception):
                 result()
@@ -295,6 +298,21 @@ def _train(prepared: Prepared, record: records.Record, screen: Any, callbacks: S
     made = records.read(folder)
     page.write(made, folder)
     return Run(folder, made, learner, prepared.task, prepared.model, ending.signum)
+
+
+def _standing(record: records.Record) -> str:
+    """What is left of a run that was stopped at once, and how to go on with it."""
+    from peft_fast.recipes import checkpoints
+
+    ours = record.begun or record.config.resume
+    last = checkpoints.latest(record.folder / records.CHECKPOINTS) if ours else None
+    if last is not None:
+        return f"stopped at once; {last.name} is the last that was saved. To go on from it:\n  {_go_on(record.config)}"
+    if record.begun:
+        do = f"start it again with --overwrite, or with another --out than {record.folder}"
+        return f"stopped at once, before a checkpoint was saved: there is nothing to resume; {do}"
+    kept = f"; the run in {record.folder} is as it was" if records.there(record.folder) else ""
+    return f"stopped before the first step: nothing was trained, and there is nothing to resume{kept}"
 
 
 def _go_on(config: Config) -> str:

@@ -53,7 +53,7 @@ def search(
     **options: Any,
 ) -> Outcome:
     """Tries ``count`` configs, those of an earlier call in the same folder counted; the best by the run's metric."""
-    from peft_fast.recipes import process, run, tasks
+    from peft_fast.recipes import data, process, run, tasks
 
     process.need_packages()
     if importlib.util.find_spec("optuna") is None:
@@ -73,7 +73,8 @@ def search(
         searcher = Search(config, tried, metric, task.judged_by[metric], folder, found, prune, tell)
         if resumed:
             searcher.take_up()
-        stopped = searcher.go(count, timeout)
+        with data.kept():
+            stopped = searcher.go(count, timeout)
         return searcher.outcome(stopped)
 
 
@@ -226,7 +227,7 @@ class Search:
 
         trial, config, twin = self.draw()
         facts = {
-            "number": trial.number,
+            "number": trials.number(trial),
             "options": trials.drawn(trial),
             **self.judged,
             "folder": str(config.out) if config else "",
@@ -276,7 +277,7 @@ class Search:
             )
             trial = self.study.ask()
             values = space.draw(trial, self.config, self.space)
-            began = trial.user_attrs.get("folder") or f"{trial.number:04d}"
+            began = trial.user_attrs.get("folder") or f"{self.trials.next():04d}"
             trial.set_user_attr("folder", began)
             try:
                 config = space.options(self.config, values, out=self.folder / "trials" / began, overwrite=True)
@@ -287,7 +288,7 @@ class Search:
             twin = self._twin(trial, config)
             if twin is None or attempt == REDRAWN or trial.user_attrs.get("retry_of") is not None:
                 return trial, config, twin
-            self.aside(trial.number, f"like trial {twin.number}")
+            self.aside(trial.number, f"like trial {trials.number(twin)}")
         raise AssertionError
 
     def _twin(self, trial: Any, config: Config) -> Any:

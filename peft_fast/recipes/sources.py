@@ -274,6 +274,12 @@ def of_rows(rows: Sequence[Any], task: Task) -> Table:
     if all(isinstance(row, dict) for row in rows):
         return files.of_records("rows", list(rows), range(1, len(rows) + 1))
     inputs = [column for column in task.columns if not is_truth(column)]
-    role = next((column.role for column in inputs if column.required), inputs[0].role)
+    needed = [column.role for column in inputs if column.required]
+    if len(needed) > 1:
+        given = next(row for row in rows if not isinstance(row, dict))
+        asked = ", ".join(f'"{role}": "…"' for role in needed)
+        do = f"write JSON: '{{{asked}}}' (a dict in Python), or pass a file with these columns"
+        fail(DataError, f"{str(given)[:60]!r}, a plain text", f"{' and '.join(needed)} of each row", do)
+    role = next(iter(needed), inputs[0].role)
     plain = [row[role] if isinstance(row, dict) and role in row else row for row in rows]
     return files.of_lists("rows", {role: plain})

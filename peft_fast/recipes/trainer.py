@@ -240,6 +240,14 @@ class RecipeTrainer(AtomicCheckpoints, Seq2SeqTrainer):
             self._has_metric(result)
         return result
 
+    def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's; the weights that the run begins with may stay the best, and are kept until better ones come."""
+        metrics = super()._evaluate(trial, *args, **kwargs)
+        if not self.state.global_step and self._determine_best_metric(metrics, trial) and self.config.keep_best:
+            self._save_checkpoint(self.model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return metrics
+
     def _has_metric(self, metrics: dict[str, float]) -> None:
         """Refuses validation rows that the metric says nothing of: which checkpoint is best would not be known."""
         name = self.args.metric_for_best_model

@@ -38,6 +38,10 @@ class Trials:
         """Those that were tried; cut off and doubled ones left out."""
         return [trial for trial in self.study.get_trials(deepcopy=False) if "aside" not in trial.user_attrs]
 
+    def next(self) -> int:
+        """The number of the trial that is drawn next: doubled ones have none."""
+        return max((number(trial) for trial in self.all() if trial.user_attrs.get("folder")), default=-1) + 1
+
     def counted(self) -> list[Any]:
         """Those that came to an end."""
         return [trial for trial in self.all() if trial.state.is_finished()]
@@ -54,6 +58,7 @@ class Trials:
         return [
             {
                 "trial": number(trial),
+                "again": trial.user_attrs.get("retry_of") is not None,
                 "state": STATES.get(trial.state.name, trial.state.name.lower()),
                 self.metric: trial.value if trial.state.name == "COMPLETE" else _last(trial),
                 "seconds": trial.user_attrs.get("seconds"),
@@ -99,8 +104,8 @@ class Trials:
 
 
 def number(trial: Any) -> int:
-    """A trial's number; one that was done again keeps its first, as its folder does."""
-    return trial.user_attrs.get("retry_of", trial.number)
+    """A trial's number, which is its folder's: without gaps, and one that is done again keeps it."""
+    return int(trial.user_attrs.get("folder") or trial.number)
 
 
 def drawn(trial: Any) -> dict[str, Any]:

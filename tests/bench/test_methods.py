@@ -14,7 +14,7 @@ def metrics(recipe):
     return {
         "model": {"name": "toy", "class": "Toy", "dtype": "bf16", "parameters": 1000, "trainable": 20},
         "rows": {"train": 32, "validation": 16, "test": 400},
-        "final": {"test": {"accuracy": 0.8, "loss": 0.5, "f1": 0.8}},
+        "final": {"test": {"accuracy": 0.8, "loss": 0.5, "f1": 0.8}, "validation": {"accuracy": 0.7, "loss": 0.6}},
         "shown": [{"kind": "table"}, {"kind": "confusion", "names": ["a", "b"], "counts": [[150, 50], [30, 170]]}],
         "evaluations": [{"step": 0, "accuracy": 0.5, "loss": 1.0}, {"step": 4, "accuracy": 0.8, "loss": 0.5}],
         "throughput": {"unit": "tokens", "per_second": 9.0, "train_seconds": 90.0},
@@ -40,9 +40,9 @@ def test_each_method_has_the_same_rows_and_its_own_options(ran):
     document, recipes = ran
     assert [row["title"] for row in document["rows"]] == list(methods.METHODS)
     assert {recipe["method"] for recipe in recipes} == {"head", "lora", "dora", "gradual", "full"}
-    own = {key for options in methods.METHODS.values() for key in options} | {"out"}
+    own = {key for options in methods.METHODS.values() for key in options} | {"out", "learning_rate"}
     assert len({json.dumps({k: v for k, v in recipe.items() if k not in own}) for recipe in recipes}) == 1
-    assert len({recipe["out"] for recipe in recipes}) == len(recipes)
+    assert len({recipe["out"] for recipe in recipes}) == len(recipes) == 3 * len(methods.METHODS)
     assert all(recipe["threads"] == 3 for recipe in recipes)
 
 
@@ -52,10 +52,28 @@ def test_every_recipe_is_a_config():
     from peft_fast.recipes.tasks import Task
 
     for scale in methods.LESS:
-        for options in methods.METHODS.values():
+        for title, options in methods.METHODS.items():
             task = {"task": "sequence-classification", "model": methods.MODELS[scale], "data": methods.DATA}
+            task["learning_rate"] = max(methods.RATES[title])
             given = config.read(task | methods.SAME | methods.LESS[scale] | options)
             recipes.check(given, Task(given))
+
+
+def test_the_rate_that_the_validation_rows_prefer(monkeypatch, tmp_path):
+    found = {1e-3: (0.7, 0.60, 0.9), 2e-3: (0.8, 0.50, 0.6), 4e-3: (0.8, 0.55, 1.0)}  # on validation twice, on test
+
+    def trained(recipe):
+        accuracy, loss, test = found[recipe["learning_rate"]]
+        final = {"validation": {"accuracy": accuracy, "loss": loss}, "test": {"accuracy": test, "loss": 0.5}}
+        return metrics(recipe) | {"final": final}
+
+    monkeypatch.setattr(methods, "_trained", trained)
+    monkeypatch.setattr(methods.examples, "path", lambda *args, **kwargs: tmp_path)
+    where = tmp_path / "methods.json"
+    assert bench.app(["methods", "--model", "lora", "--json", str(where)]) == 0
+    (row,) = harness.read(where)["rows"]
+    assert row["settings"]["learning_rate"] == 2e-3 and row["test"]["accuracy"] == 0.6
+    assert [(t["learning_rate"], t["accuracy"]) for t in row["tried"]] == [(1e-3, 0.7), (2e-3, 0.8), (4e-3, 0.8)]
 
 
 def test_the_table(ran):
@@ -68,7 +86,8 @@ def test_the_table(ran):
 
 def test_a_run_that_learnt_nothing_is_refused(monkeypatch, tmp_path):
     def worse(recipe):
-        return metrics(recipe) | {"final": {"test": {"accuracy": 0.4, "loss": 0.9}}}
+        judged = {"accuracy": 0.4, "loss": 0.9}
+        return metrics(recipe) | {"final": {"test": judged, "validation": judged}}
 
     monkeypatch.setattr(methods, "_trained", worse)
     monkeypatch.setattr(methods.examples, "path", lambda *args, **kwargs: tmp_path)

@@ -65,6 +65,31 @@ def test_the_table_shows_what_came_out_and_what_differs(folders, tmp_path, capsy
     assert [run["options"] for run in saved["runs"]] == [{"method": "lora", "r": 16}, {"method": "full", "r": 8}]
 
 
+def test_it_is_said_of_which_rows_a_value_is(folders, tmp_path, capsys):
+    held = result("two", 0.7)
+    held["final"] = {"validation": held["final"]["test"]}
+    assert page.heading([result()], "accuracy") == "1 runs by accuracy of the test rows"
+    assert page.heading([result(), held], "accuracy") == "2 runs by accuracy of the test or validation rows"
+    head, body = page.rows([result(), held])
+    assert [row[head.index("of rows")] for row in body] == ["test", "validation"]
+    assert page.split(result(), "f1") == "validation" and page.score(result(), "f1") is None
+    assert compare.app([*folders(result(), held), "--out", str(tmp_path / "out")]) == 0
+    assert "of rows" in capsys.readouterr().out
+    assert "by accuracy of the test or validation rows" in (tmp_path / "out" / "compare.html").read_text()
+    saved = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [run["of rows"] for run in saved["runs"]] == ["test", "validation"]
+
+
+def test_the_picture_says_it_too(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    said = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **how: said.append(text))
+    page.draw([result(), result("two", 0.7)], tmp_path / "two.png")
+    page.draw([result(str(i)) for i in range(6)], tmp_path / "six.png")
+    assert said == ["accuracy: one 80.0 % (test), two 70.0 % (test)", "6 runs by accuracy of the test rows"]
+
+
 def test_where_a_run_lies_is_no_difference():
     assert page.differing([result("a"), result("b")]) == []
     assert page.names([result("a"), result("b"), result("a")]) == ["a (1)", "b", "a (2)"]

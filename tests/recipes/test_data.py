@@ -275,3 +275,15 @@ def test_rows_of_an_example_take_its_columns(tmp_path, monkeypatch):
     monkeypatch.setattr(examples, "get", lambda source: entry)
     monkeypatch.setattr(examples, "path", lambda source, network, say: tmp_path)
     assert list(data.rows("example:mine", task(), need_truth=True)["label"])[:2] == ["bad", "good"]
+
+
+def test_a_plain_text_for_a_task_that_reads_several_columns_asks_for_json():
+    made = task(Column("question", "text"), Column("context", "text"), LABEL)
+    both = {"question": "Where?", "context": "In Marlow."}
+    for asked in (["Where was Clara born?"], [both, "Where was Clara born?"]):
+        with pytest.raises(DataError) as caught:
+            data.rows(asked, made)
+        said = str(caught.value)
+        assert "'Where was Clara born?', a plain text" in said and "--columns" not in said
+        assert """'{"question": "…", "context": "…"}'""" in said
+    assert data.rows([both], made)["context"][:] == ["In Marlow."]

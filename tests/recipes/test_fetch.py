@@ -5,6 +5,7 @@ import io
 import subprocess
 import zipfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -159,3 +160,27 @@ def test_pip_is_given_the_hash_before_it_may_open_anything(tmp_path, monkeypatch
     fetch._pip_download(fetch.MOVIES, tmp_path)
     assert {"--require-hashes", "--no-deps", "--no-binary"} <= set(seen["command"])
     assert seen["pins"] == f"vaderSentiment==3.3.2 --hash=sha256:{fetch.MOVIES.sha256}\n"
+
+
+@pytest.mark.parametrize(
+    ("there", "isolated"),
+    [
+        (("setuptools", "setuptools/command/bdist_wheel.py"), False),
+        (("setuptools", "wheel"), False),
+        # as `python3.11 -m venv` leaves it: pip's build with it ends in "invalid command 'bdist_wheel'"
+        (("setuptools",), True),
+        ((), True),
+    ],
+    ids=["new setuptools", "wheel", "old setuptools", "none"],
+)
+def test_an_sdist_is_built_with_what_is_here_where_that_works(tmp_path, monkeypatch, there, isolated):
+    for name in there:
+        path = tmp_path / name if name.endswith(".py") else tmp_path / name / "__init__.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = {name: SimpleNamespace(origin=str(tmp_path / name / "__init__.py")) for name in there}
+    ran = SimpleNamespace(run=lambda command, **kwargs: subprocess.CompletedProcess(command, 1))
+    monkeypatch.setattr(fetch, "subprocess", ran)
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", found.get)
+    command = fetch._pip_download(fetch.MOVIES, tmp_path).args
+    assert ("--no-build-isolation" not in command) == isolated

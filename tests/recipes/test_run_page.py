@@ -1,6 +1,7 @@
 """report.html of a run: well-formed, self-contained, right about what it shows, and safe with odd results."""
 
 import math
+import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -200,6 +201,16 @@ def test_the_file_is_written_whole(tmp_path):
 def test_gaps_break_a_curve_and_lone_points_are_dots():
     text = charts.lines([("a", [1, 2, 3, 4], [1.0, 2.0, math.nan, 1.0])], "x", "y", "l")
     assert text.count("<polyline") == 2 and text.count("<circle") == 1
+
+
+@pytest.mark.parametrize("value", [0.45, 0.4516, 0.0, -3.0, 1234.5])
+def test_values_that_are_all_alike_are_drawn_in_the_middle(value):
+    text = charts.lines([("a", [1, 2, 3], [value, value, value])], "x", "y", "l", 300)
+    (points,) = re.findall('points="(.*?)"', text)
+    heights = [float(point.partition(",")[2]) for point in points.split()]
+    grid = sorted(float(y) for y in re.findall('class="grid".*? y1="(.*?)"', text))
+    assert heights == pytest.approx([(grid[0] + grid[-1]) / 2] * 3, abs=0.11)
+    assert len(grid) == 3 and f">{charts.number(value)}<" in text
 
 
 @pytest.mark.parametrize(

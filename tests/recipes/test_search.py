@@ -217,6 +217,12 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(monkeypatch, given, 
     assert landscape.seen[4].resume and landscape.seen[4].out == landscape.seen[3].out
     aside = [trial.user_attrs.get("aside") for trial in found.study.trials]
     assert aside.count("killed") == 1
+    # its number, too
+    assert [row["trial"] for row in found.trials] == list(range(7)) == [row["trial"] for row in whole.trials]
+    assert [row["trial"] for row in found.trials if row["again"]] == [3]
+    said = "Cut off and done again under its own number: trial 3."
+    assert said in (tmp_path / "search" / "report.html").read_text()
+    assert said not in (tmp_path / "whole" / "report.html").read_text()
 
 
 def test_ctrl_c_keeps_everything(monkeypatch, given):
@@ -334,7 +340,45 @@ def test_a_study_file_of_something_else(monkeypatch, given, tmp_path):
         search.search(given, 1, study=tmp_path / "study.db")
 
 
+def test_trials_that_are_all_equal_are_still_drawn_beside_one_another(monkeypatch, given, plots, tmp_path):
+    Landscape(monkeypatch, value=lambda config: 0.75)
+    search.search(given, 4)
+    assert {path.name for path in (tmp_path / "search").glob("*.png")} == {"parallel.png"}
+    page = (tmp_path / "search" / "report.html").read_text()
+    assert "All trials at once" in page and "came to different values" in page
+
+
+def test_numbers_have_no_gaps_where_trials_were_drawn_twice(monkeypatch, given, tmp_path):
+    Landscape(monkeypatch, value=lambda config: config.r)
+    found = search.search(given.model_copy(update={"search": {"r": [4, 8]}}), 3)
+    assert any("like trial" in trial.user_attrs.get("aside", "") for trial in found.study.trials)
+    assert [row["trial"] for row in found.trials] == [0, 1, 2]
+    assert [row["folder"] for row in found.trials] == ["trials/0000", "trials/0001", "trials/0002"]
+
+
 # ---- real trials
+
+
+def test_rows_are_read_once_for_the_trials_of_a_search(options, monkeypatch):
+    from peft_fast.recipes import data, run, sources
+
+    inner, read = sources.tables, []
+    monkeypatch.setattr(sources, "tables", lambda *args: read.append(args) or inner(*args))
+    plain = run.prepare(configs.read(options))
+    with data.kept():
+        first, again = (run.prepare(configs.read(options | {"lora_dropout": p})) for p in (0.1, 0.2))
+        assert len(read) == 2
+        fewer = run.prepare(configs.read(options | {"train_rows": 20}))
+        run.prepare(configs.read(options | {"seed": 1}))
+        assert len(read) == 4 and fewer.rows["train"] == 20
+    for other in (first, again):
+        assert other.notes == plain.notes and other.task.facts == plain.task.facts and other.rows == plain.rows
+        for split, rows in plain.features.items():
+            assert rows[:] == other.features[split][:]
+    first.splits.select("train", [0])
+    assert len(again.splits["train"]) == 96
+    run.prepare(configs.read(options))
+    assert len(read) == 5
 
 
 def test_real_trials(options, tmp_path):

@@ -154,6 +154,15 @@ def test_tokens_that_were_cut_off_are_not_counted(learn):
     assert made.result["throughput"]["units"] == 4 * 96
 
 
+def test_a_progressive_that_ends_below_the_rows_is_said(prepared):
+    sizes = [len(row["input_ids"]) for row in prepared().features["train"]]
+    last, longer = max(sizes) - 2, sum(size > max(sizes) - 2 for size in sizes)
+    (note,) = prepared(progressive=[4, last]).notes
+    assert note.startswith(f"progressive ends at {last} tokens: {longer} of 96 training rows are longer")
+    assert note.endswith(f"let it end at {max(sizes)} or more")
+    assert prepared(progressive=[4, max(sizes)]).notes == []
+
+
 @pytest.mark.parametrize(
     "given, evaluations, saves",
     [

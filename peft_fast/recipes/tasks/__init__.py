@@ -117,6 +117,10 @@ class Task:
         """
         return None
 
+    def truncates(self, split: str, role: str | None) -> str:
+        """What becomes of rows that too_long() finds in ``role``, where long_rows leaves them in: a note says it."""
+        return "are cut"
+
     # ---- model
 
     def load_processor(self) -> None:
@@ -152,6 +156,10 @@ class Task:
     def resize(self, batch: dict[str, Any], size: int) -> dict[str, Any]:
         """The batch cut to ``size`` tokens or scaled to ``size`` pixels, for progressive resizing."""
         raise NotImplementedError
+
+    def ends_small(self, features: Dataset) -> str:
+        """What training on these never sees because progressive resizing ends below it, as a note; '' for nothing."""
+        return ""
 
     # ---- learning and judging
 

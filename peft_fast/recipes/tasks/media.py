@@ -179,6 +179,14 @@ class Pictured(MediaTask):
         if self.config.image_size:
             set_size(self.processor, self.config.image_size)
 
+    def ends_small(self, features: Any) -> str:
+        last, size = self.config.progressive[-1], dict(self.processor.size)
+        if getattr(self.processor, "do_center_crop", False):
+            size = dict(self.processor.crop_size)
+        side = next((size[name] for name in ("height", "longest_edge", "shortest_edge") if size.get(name)), 0)
+        said = f"progressive ends at {last} pixels, and evaluation is at {side}: let it end there too"
+        return said if last < side else ""
+
     def length(self, feature: dict[str, Any]) -> int:
         return 1
 

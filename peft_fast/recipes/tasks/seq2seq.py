@@ -135,6 +135,11 @@ class Task(text.TextTask):
 
     # ---- features
 
+    def truncates(self, split: str, role: str | None) -> str:
+        if role == "target" and split != "train":
+            return "are cut for the loss; scores compare with the whole text"
+        return "are cut"
+
     def encode(self, rows: Dataset, split: str) -> Dataset:
         def features(columns: dict[str, list], at: list[int]) -> dict[str, list]:
             made = dict(self.tokenize([self.config.prefix + str(one or "") for one in columns["source"]]))

@@ -77,6 +77,10 @@ class Task(media.MediaTask):
     def too_long(self, rows: Dataset) -> tuple[Sequence[float], float]:
         return media.seconds(rows), self.config.max_seconds
 
+    def truncates(self, split: str, role: str | None) -> str:
+        """Only predict() hears all of it, piece by piece."""
+        return "are cut, and their transcripts are not" + "; WER counts what is not heard" * (split != "train")
+
     # ---- model
 
     @property

@@ -82,6 +82,14 @@ class TextTask(tasks.Task):
     def resize(self, batch: dict[str, Any], size: int) -> dict[str, Any]:
         return cut(batch, size, self.processor)
 
+    def ends_small(self, features: Dataset) -> str:
+        last, parts = self.config.progressive[-1], features.select_columns(["input_ids"]).iter(1000)
+        sizes = [len(ids) for part in parts for ids in part["input_ids"]]
+        longer = sum(size > last for size in sizes)
+        said = f"progressive ends at {last:,} tokens: {longer:,} of {len(sizes):,} training rows are longer and never "
+        said += f"train whole, though evaluation reads them so; let it end at {max(sizes):,} or more"
+        return said if longer else ""
+
     def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Without the truth: every text task computes its loss itself."""
         return {name: value for name, value in batch.items() if name not in self.label_names}

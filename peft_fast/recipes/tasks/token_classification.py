@@ -99,6 +99,11 @@ class Task(text.TextTask):
 
     # ---- features
 
+    def truncates(self, split: str, role: str | None) -> str:
+        if split == "train":
+            return "are cut in training; evaluation and prediction read rows whole"
+        return "are read whole, in windows that overlap"
+
     def encode(self, rows: Dataset, split: str) -> Dataset:
         """Training cuts a row at the limit; elsewhere windows go over all of it, and each word counts once."""
         places = {name: place for place, name in enumerate(self.facts["labels"])}

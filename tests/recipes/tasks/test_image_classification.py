@@ -116,6 +116,13 @@ def test_weights_and_smoothing_change_the_loss(vit, pictures):
     assert torch.allclose(smooth.loss({"logits": logits}, {"labels": labels}), wanted)
 
 
+def test_a_progressive_that_ends_below_the_size_of_evaluation_is_said(vit, pictures):
+    for sizes, side, said in (([8, 12], 0, True), ([8, 16], 0, False), ([8, 16], 24, True)):
+        task, _ = medias.made(NAME, vit, pictures, progressive=sizes, image_size=side)
+        note = f"progressive ends at {sizes[-1]} pixels, and evaluation is at {side or 16}"
+        assert task.ends_small(None).startswith(note) == said and bool(task.ends_small(None)) == said
+
+
 def test_what_cannot_be_learnt_is_refused(vit, pictures, tmp_path, tiny_bert):
     assert "no class pink" in medias.stopped(NAME, vit, pictures, tmp_path / "a", class_weights={"pink": 2.0})
     assert "image" in medias.stopped(NAME, tiny_bert, pictures, tmp_path / "b")

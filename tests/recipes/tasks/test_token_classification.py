@@ -70,7 +70,10 @@ def test_windows_answer_for_each_word_once(spelling, limit):
     long = {"tokens": words, "tags": ["O", "B-A", *["O"] * 5] * 4}
     more = {"tokens": ["a", *words], "tags": ["O", *long["tags"]]}
     rows = {"train": [more, ROWS["train"][0]], "validation": [long, {"tokens": ["film"], "tags": ["O"]}]}
-    made, splits, _ = texts.ready(NAME, spelling["tiny-roberta"], rows, max_length=limit)
+    made, splits, notes = texts.ready(NAME, spelling["tiny-roberta"], rows, max_length=limit)
+    of = {split: [note for note in notes if f"of {split} are longer than {limit} tokens" in note] for split in rows}
+    for split, said in (("train", "are cut in training; evaluation"), ("validation", "are read whole, in windows")):
+        assert len(of[split]) == 1 and said in of[split][0]
     model = made.load_model(torch.float32)
     prediction, features = texts.judged(made, model, splits["validation"])
     found = [(row, word) for row, words_ in zip(features["row"], features["words"], strict=True) for word in words_]

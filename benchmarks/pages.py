@@ -1,0 +1,196 @@
+"""The first command of each task's page, run as it stands there: what it learns, in what time and memory.
+
+Each is a process of its own. A result that is there keeps the rows of the pages that are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from peft_fast.errors import DataError, SettingsError, UnsupportedError, fail
+from peft_fast.pages import words
+from peft_fast.recipes import config, examples
+
+from . import harness, machine
+from .harness import Options
+
+DOCS = Path(config.__file__).parent / "docs"
+# what --quick and --tiny do less of
+LESS = {"full": (), "quick": ("--steps", "20"), "tiny": ("--steps", "2")}
+NONE = "_Nothing measured with this command yet: `python -m peft_fast bench pages --model {task} --json {file}`._"
+FILE = "benchmarks/results/pages.json"
+
+
+def names(device: str) -> tuple[str, ...]:
+    """What --model takes on this device: tasks, which their pages are called after."""
+    return config.TASKS
+
+
+def command(task: str) -> str:
+    """The first `peft-fast train` of a task's page."""
+    page = DOCS / f"{task}.md"
+    found = re.search(r"^```sh\n(peft-fast train .*?)$", page.read_text(encoding="utf-8"), re.M)
+    if not found:
+        fail(DataError, f"{page.name} without a command", "a block of sh that begins with `peft-fast train`", "add it")
+    return found[1]
+
+
+def run(options: Options, show, save: Path | None = None) -> dict:
+    """One row for each page; the document is also written to `save` after each, beside the rows it had."""
+    more = (options.gate_only, options.peers, options.without, options.dropouts, options.repeats)
+    if any(more) or options.dtypes or options.threads:
+        given = "--gate-only, --peers, --without, --dropout, --repeats, --dtype or --threads"
+        fail(SettingsError, given, "the pages' commands as they are", "leave these options out")
+    document = {
+        "schema": harness.SCHEMA,
+        "bench": "pages",
+        "scale": options.scale,
+        "machine": machine.header(torch.device(options.device)),
+        "rows": _kept(save, options),
+        "refused": [],  # {"title", "reason"}: it did not learn
+        "skipped": [],
+    }
+    show.header(document)
+    chosen = options.models or config.TASKS
+    with tempfile.TemporaryDirectory(prefix="peft_fast-") as folder, show.progress(len(chosen)) as progress:
+        for task in chosen:
+            if time.monotonic() > options.deadline:
+                document["skipped"].append(task)
+                continue
+            progress.case(task)
+            row = _row(task, options, Path(folder) / task) | {"machine": document["machine"]}
+            others = [one for one in document["rows"] if one["title"] != task]
+            document["rows"] = sorted([*others, row], key=lambda one: config.TASKS.index(one["title"]))
+            if options.scale == "full" and not _learnt(row):
+                reason = f"{row['metric']} on the validation rows is no better than before training"
+                document["refused"].append({"title": task, "reason": reason})
+            print(_line(row), flush=True)
+            if save:
+                harness.write(save, document)
+    return document
+
+
+def _kept(save: Path | None, options: Options) -> list[dict]:
+    """The rows of an earlier result in the same file."""
+    if save is None or not save.exists():
+        return []
+    before = harness.read(save)
+    if (before["bench"], before["scale"]) != ("pages", options.scale):
+        given = f"{save.name} with {before['bench']}, {before['scale']}"
+        fail(SettingsError, given, f"a result of pages, {options.scale}, or no file", "pass another --json")
+    return [row for row in before["rows"] if row["title"] in config.TASKS]
+
+
+def _row(task: str, options: Options, out: Path) -> dict:
+    said = command(task)
+    found = _trained(said, options, out)
+    memory, flow, fast = found["memory"], found["throughput"], found["fast"]
+    first = next(iter(found["evaluations"]), {})
+    return {
+        "title": task,
+        "command": said,
+        "metric": found["metric"],
+        "higher": found["higher"],
+        "before": _metrics(first) if first.get("step") == 0 else {},
+        "best_step": found["best"]["step"],
+        **{split: _metrics(found["final"].get(split, {})) for split in ("validation", "test")},
+        "rows": found["rows"],
+        "sources": found["sources"],
+        "model": found["model"],
+        "method": found["method"],
+        "steps": flow["steps"],
+        "train_seconds": flow["train_seconds"],
+        "seconds": found["seconds"],
+        "unit": flow["unit"],
+        "per_second": flow["per_second"],
+        "peak_bytes": memory["peak_bytes"] - memory["before_bytes"],
+        "fast": {
+            "layers": len(fast.get("fast", ())),
+            "adapted": len(fast.get("fast", ())) + len(fast.get("slow", ())),
+            "blocks": fast.get("blocks", 0),
+        },
+    }
+
+
+def _metrics(found: dict) -> dict:
+    return {name: value for name, value in found.items() if name not in ("step", "epoch")}
+
+
+def _trained(said: str, options: Options, out: Path) -> dict:
+    """metrics.json of a page's command, into another folder."""
+    given = shlex.split(said)[2:]
+    for option in ("--model", "--data"):  # fetched before anything is timed
+        if examples.named(source := given[given.index(option) + 1]):
+            examples.path(source, say=print)
+    line = [sys.executable, "-m", "peft_fast", "train", *given, "--out", str(out), "--device", options.device]
+    done = subprocess.run([*line, *LESS[options.scale]], capture_output=True, text=True, check=False)
+    if done.returncode or not (out / "metrics.json").is_file():
+        text = " ".join((done.stderr or done.stdout).split())[-600:]
+        given = f"`{said}`, which ended with {done.returncode}: {text}"
+        fail(UnsupportedError, given, "a finished run", "mend what it says")
+    return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+
+
+def _learnt(row: dict) -> bool:
+    """Is it better than before? What generates is not judged before training."""
+    before, after = (row[when].get(row["metric"]) for when in ("before", "validation"))
+    return before is None or (after is not None and (after > before if row["higher"] else after < before))
+
+
+def _line(row: dict) -> str:
+    name = row["metric"]
+    shown = " → ".join(words.metric(name, row[when].get(name)) for when in ("before", "validation", "test"))
+    return f"{row['title']:<24} {name} {shown}, {words.seconds(row['train_seconds'])}, {words.size(row['peak_bytes'])}"
+
+
+# ---- the pages
+
+
+def sections() -> dict[Path, dict]:
+    """Page -> what stands between its marks, as table.render() takes it."""
+    return {DOCS / f"{task}.md": {"page": partial(section, task)} for task in config.TASKS}
+
+
+def section(task: str, runs: list[dict]) -> str:
+    """Rows: a metric. Figures: before and after; below them time, memory and machine. Nothing of another command."""
+    rows = [row for run in runs if run["bench"] == "pages" for row in run["rows"]]
+    row = next((row for row in rows if row["title"] == task and row["command"] == command(task)), None)
+    if row is None:
+        return NONE.format(task=task, file=FILE)
+    heads = {"before": "before training", "validation": "after", "test": "test rows"}
+    shown = [when for when in heads if row[when]]
+    every = dict.fromkeys([row["metric"], *(name for when in shown for name in row[when])])
+    lines = [["", *(heads[when] for when in shown)], ["---"] * (len(shown) + 1)]
+    for name in every:
+        lines.append([f"`{name}`", *(words.metric(name, row[when].get(name)) for when in shown)])
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{table}\n\n<sub>{'. '.join([*_facts(row), machine.line(row['machine'])])}.</sub>"
+
+
+def _facts(row: dict) -> list[str]:
+    model, fast = row["model"], row["fast"]
+    counts = [f"{count:,} {split}" for split, count in row["rows"].items()]
+    judged = "Before and after are of the validation rows" if row["before"] else "After is of the validation rows"
+    share = f"{words.share(row)} of the weights train"
+    layers = f"{fast['layers']} of {fast['adapted']} adapted layers fast, {fast['blocks']} MLP blocks as one"
+    took = (
+        f"{row['steps']:,} steps in {words.seconds(row['train_seconds'])} of training, "
+        f"{words.rate(row['per_second'])} {row['unit']}/s, {words.size(row['peak_bytes'])} of memory at the peak "
+        "beyond what the process held before the model was there"
+    )
+    return [
+        f"{judged}, with the weights of step {row['best_step']:,}",
+        f"Rows: {', '.join(counts)} of {row['sources'].get('train', 'its data')}",
+        f"{model['class']}, method {row['method']}, {model['dtype']}: {share}" + f"; {layers}" * bool(fast["adapted"]),
+        took,
+    ]

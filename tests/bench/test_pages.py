@@ -1,0 +1,141 @@
+"""`bench pages`: each page's first command in a process of its own, and the part of the page that is made of it."""
+
+import json
+import shlex
+from types import SimpleNamespace
+
+import pytest
+
+from peft_fast.benchmarks import harness, pages, table
+from peft_fast.cli import bench
+from peft_fast.errors import DataError, SettingsError, UnsupportedError
+from peft_fast.recipes.config import TASKS
+
+
+def metrics(better=0.8):
+    """What a run leaves, as far as a row needs it."""
+    return {
+        "model": {"name": "toy", "class": "Toy", "dtype": "bfloat16", "parameters": 1000, "trainable": 20},
+        "method": "lora",
+        "metric": "f1",
+        "higher": True,
+        "rows": {"train": 3200, "validation": 16, "test": 40},
+        "sources": {"train": "toy.csv", "validation": "toy.csv", "test": "toy.csv"},
+        "final": {"validation": {"f1": better, "loss": 0.5}, "test": {"f1": 0.7512, "loss": 0.625}},
+        "evaluations": [{"step": 0, "epoch": 0.0, "f1": 0.25, "loss": 1.0}, {"step": 4, "epoch": 1.0, "f1": better}],
+        "best": {"step": 4, "value": better},
+        "throughput": {"unit": "tokens", "per_second": 1234.5, "train_seconds": 90.0, "steps": 8},
+        "seconds": 100.0,
+        "memory": {"peak_bytes": 300 * 2**20, "before_bytes": 100 * 2**20},
+        "fast": {"on": True, "fast": ["a", "b"], "slow": {"c": "why"}, "blocks": 1},
+    }
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The commands of runs that did not happen, and what they leave."""
+    made = SimpleNamespace(lines=[], found=metrics(), code=0)
+
+    def run(line, **how):
+        made.lines.append(line)
+        out = pages.Path(line[line.index("--out", line.index("--out") + 1) + 1])
+        out.mkdir(parents=True)
+        if not made.code:
+            (out / "metrics.json").write_text(json.dumps(made.found))
+        return SimpleNamespace(returncode=made.code, stdout="", stderr="given: no such thing")
+
+    monkeypatch.setattr(pages, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(pages.examples, "path", lambda source, say=print: source)
+    return made
+
+
+def test_every_page_runs_its_own_command_into_another_folder(trained, tmp_path):
+    where = tmp_path / "pages.json"
+    assert bench.app(["pages", "--json", str(where), "--device", "cpu"]) == 0
+    assert [row["title"] for row in harness.read(where)["rows"]] == list(TASKS)
+    for task, line in zip(TASKS, trained.lines, strict=True):
+        own = shlex.split(pages.command(task))[1:]
+        assert line[3 : 3 + len(own)] == own and own[own.index("--task") + 1] == task
+        assert line[3 + len(own)] == "--out" and line[-2:] == ["--device", "cpu"]  # the last one counts
+
+
+def test_a_page_run_again_keeps_the_others(trained, tmp_path):
+    where = tmp_path / "pages.json"
+    bench.app(["pages", "--json", str(where), "--model", "regression,causal-lm", "--device", "cpu"])
+    trained.found = metrics(0.9)
+    bench.app(["pages", "--json", str(where), "--model", "regression", "--device", "cpu"])
+    rows = harness.read(where)["rows"]
+    assert [(row["title"], row["validation"]["f1"]) for row in rows] == [("causal-lm", 0.8), ("regression", 0.9)]
+    assert len(trained.lines) == 3 and all(row["machine"]["packages"]["torch"] for row in rows)
+
+
+def test_a_result_of_another_kind_is_not_written_over(trained, tmp_path):
+    where = tmp_path / "pages.json"
+    bench.app(["pages", "--json", str(where), "--model", "regression", "--tiny", "--device", "cpu"])
+    with pytest.raises(SettingsError, match="pages, tiny"):
+        bench.app(["pages", "--json", str(where), "--model", "regression", "--device", "cpu"])
+    assert trained.lines[0][-2:] == ["--steps", "2"] and len(trained.lines) == 1
+
+
+def test_what_learnt_nothing_is_refused(trained, tmp_path):
+    trained.found = metrics(0.2)
+    assert bench.app(["pages", "--model", "regression", "--device", "cpu"]) == 1
+    trained.found["higher"] = False
+    assert bench.app(["pages", "--model", "regression", "--device", "cpu"]) == 0
+    trained.found |= {"higher": True, "evaluations": trained.found["evaluations"][1:]}  # no figure from before
+    assert bench.app(["pages", "--model", "regression", "--device", "cpu"]) == 0
+
+
+def test_a_run_that_fails_says_why(trained):
+    trained.code = 1
+    with pytest.raises(UnsupportedError, match="no such thing"):
+        bench.app(["pages", "--model", "regression", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("more", [["--gate-only"], ["--threads", "1"], ["--dtype", "bf16"], ["--plot", "x.png"]])
+def test_options_that_would_change_the_command(trained, more):
+    with pytest.raises(SettingsError):
+        bench.app(["pages", *more])
+    assert not trained.lines
+
+
+def test_the_page_has_the_figures_of_its_command_alone(trained, tmp_path, monkeypatch):
+    where = tmp_path / "pages.json"
+    bench.app(["pages", "--json", str(where), "--model", "regression", "--device", "cpu"])
+    document = harness.read(where)
+    text = pages.section("regression", [document])
+    assert "|  | before training | after | test rows |" in text
+    assert "| `f1` | 25.0 % | 80.0 % | 75.1 % |\n| `loss` | 1 | 0.5 | 0.625 |" in text
+    assert "3,200 train, 16 validation, 40 test of toy.csv" in text and "2 of 3 adapted layers fast, 1 MLP" in text
+    assert "8 steps in 1 min 30 s of training, 1,234 tokens/s, 200.0 MiB of memory" in text
+    assert "with the weights of step 4" in text and "torch 2" in text
+    assert pages.section("causal-lm", [document]) == pages.NONE.format(task="causal-lm", file=pages.FILE)
+    document["rows"][0]["command"] += " --epochs 9"
+    assert pages.section("regression", [document]).startswith("_Nothing measured with this command yet")
+
+
+def test_each_page_has_its_marks_and_is_written_by_bench_table(trained, tmp_path, monkeypatch):
+    where = tmp_path / "results" / "pages.json"
+    bench.app(["pages", "--json", str(where), "--device", "cpu"])
+    for page, sections in pages.sections().items():
+        text = table.render(page.read_text(encoding="utf-8"), table.documents(where.parent), sections)
+        assert "| `f1` | 25.0 % | 80.0 % | 75.1 % |" in text, page.name
+        assert "MiB of memory at the peak" in text.partition("\n## ")[0], f"{page.name}: the marks are too far down"
+
+
+def test_a_page_without_a_command_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(pages, "DOCS", tmp_path)
+    (tmp_path / "regression.md").write_text("# Regression\n\n```sh\npip install x\n```\n")
+    with pytest.raises(DataError, match=r"regression\.md"):
+        pages.command("regression")
+
+
+@pytest.mark.slow
+def test_a_real_run(tmp_path, download_cache):
+    from peft_fast import settings
+
+    where = tmp_path / "pages.json"
+    with settings.override(cache_dir=download_cache):
+        assert bench.app(["pages", "--tiny", "--model", "time-series", "--json", str(where), "--device", "cpu"]) == 0
+    (row,) = harness.read(where)["rows"]
+    assert row["peak_bytes"] > 0 and row["steps"] == 2 and row["before"] and row["validation"] and row["test"]
