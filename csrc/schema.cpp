@@ -1,7 +1,11 @@
 // The one list of torch operators, through LibTorch's stable ABI.
+#include "cpu/decode.h"
+#include "cpu/dora_linear.h"
 #include "cpu/lora_embedding.h"
+#include "cpu/lora_experts.h"
 #include "cpu/lora_group.h"
 #include "cpu/lora_linear.h"
+#include "cpu/lora_mixed.h"
 #include "cpu/lora_mlp.h"
 
 namespace peft_fast {
@@ -40,6 +44,26 @@ STABLE_TORCH_LIBRARY(peft_fast, m) {
   m.def(
       "lora_embedding_backward(Tensor g, Tensor ids, Tensor a, Tensor b, Tensor h, Tensor? scale, float scaling, "
       "int padding, bool[] needs) -> (Tensor, Tensor)");
+  m.def(
+      "lora_decode(Tensor x, Tensor w, Tensor? bias, Tensor[] a, Tensor[] b, Tensor?[] low_biases, float[] scalings, "
+      "bool transposed) -> Tensor");
+  m.def(
+      "lora_mixed(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor?[] biases, int[] order, int[] counts, "
+      "float[] scalings) -> ()");
+  m.def(
+      "lora_experts(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, Tensor order, Tensor counts, int k, "
+      "int[] ranks, float[] scalings, bool transposed) -> (Tensor, Tensor)");
+  m.def(
+      "lora_experts_backward(Tensor g, Tensor x, Tensor w, Tensor a, Tensor b, Tensor h, Tensor order, Tensor counts, "
+      "int k, int[] ranks, float[] scalings, bool transposed, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("dora_rows(Tensor w, Tensor a, bool transposed) -> (Tensor, Tensor)");
+  m.def(
+      "dora_linear(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, Tensor c, Tensor? seed, float scaling, "
+      "float p, bool transposed, bool keep, Tensor? packed=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dora_linear_backward(Tensor g, Tensor x, Tensor w, Tensor a, Tensor b_c, Tensor c, Tensor h, Tensor z, "
+      "Tensor? seed, float scaling, float p, bool transposed, bool[] needs, bool wide_dx, Tensor? packed=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("pack_weight(Tensor w, bool transposed, bool for_dx, bool like_bf16) -> Tensor");
   m.def("weight_digest(Tensor w) -> int");
   m.def("dropout_mask(Tensor seed, int M, int K, float p) -> Tensor");
@@ -70,6 +94,13 @@ STABLE_TORCH_LIBRARY_IMPL(peft_fast, CPU, m) {
   m.impl("lora_mlp_activate_backward", TORCH_BOX(&peft_fast::lora_mlp_activate_backward));
   m.impl("lora_embedding", TORCH_BOX(&peft_fast::lora_embedding));
   m.impl("lora_embedding_backward", TORCH_BOX(&peft_fast::lora_embedding_backward));
+  m.impl("lora_decode", TORCH_BOX(&peft_fast::lora_decode));
+  m.impl("lora_mixed", TORCH_BOX(&peft_fast::lora_mixed));
+  m.impl("lora_experts", TORCH_BOX(&peft_fast::lora_experts));
+  m.impl("lora_experts_backward", TORCH_BOX(&peft_fast::lora_experts_backward));
+  m.impl("dora_rows", TORCH_BOX(&peft_fast::dora_rows));
+  m.impl("dora_linear", TORCH_BOX(&peft_fast::dora_linear));
+  m.impl("dora_linear_backward", TORCH_BOX(&peft_fast::dora_linear_backward));
   m.impl("pack_weight", TORCH_BOX(&peft_fast::pack_weight));
   m.impl("weight_digest", TORCH_BOX(&peft_fast::weight_digest));
   m.impl("dropout_mask", TORCH_BOX(&peft_fast::dropout_mask));

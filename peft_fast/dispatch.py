@@ -27,6 +27,18 @@ BACKEND_PLANS = {
 # what is picked where no backend is named; on any other device, cpu
 AUTO = {"cuda": "triton"}
 PLANS = tuple(dict.fromkeys(plan for plans in BACKEND_PLANS.values() for plan in plans))
+# ops without a base product of their own: every backend has one way to run them
+UNPLANNED = {
+    "lora_decode",
+    "lora_embedding",
+    "dora_linear",
+    "dora_embedding",
+    "dora_norm",
+    "lora_mixed",
+    "nf4",
+    "lora_add",
+    "lora_experts",
+}
 # who takes the ops that a backend has no file for
 INSTEAD = {"cuda": "triton"}
 
@@ -77,7 +89,7 @@ def pick(
                 fail(SettingsError, f"backend={backend!r}", need, do)
             name, why = "torch", refusal
     if plan is None:
-        tuned = name == "triton" and op != "lora_embedding"
+        tuned = name == "triton" and op not in UNPLANNED
         plan = _tuned_plan(x, dtype, W, others, dropout) if tuned else "accumulate"
     elif plan not in BACKEND_PLANS[name]:
         need = f"a plan of the backend that takes these tensors, {name}: " + ", ".join(BACKEND_PLANS[name])

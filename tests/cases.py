@@ -88,7 +88,7 @@ def _sizes() -> list[Case]:
     # K in several passes, W in several chunks, and ranks that share tiles while tokens come in several blocks
     large = [
         Case("k_in_passes", lead=(37,), K=2500, N=72, ranks=(4,), p=(0.1,)),
-        Case("w_in_chunks", lead=(14,), K=1030, N=2090, ranks=(3,), bias=True),
+        Case("w_in_chunks", lead=(14,), K=1030, N=2090, ranks=(48,), bias=True),
         *[Case(f"rank_{r}_many_tokens", lead=(530,), K=40, N=70, ranks=(r,)) for r in (33, 48, 80)],
         Case("ranks_many_tokens", lead=(530,), K=70, N=40, ranks=(16, 32), p=(0.0, 0.0), scaling=(0.5, 3.0)),
     ]

@@ -62,12 +62,16 @@ def rows(cases: list, corners: list) -> list[tuple]:
 
 
 class Leaf(NamedTuple):
-    """One input: its dtype is that of its kind, "base", "x" or "adapter"; "ids" are token numbers below ``scale``."""
+    """One input: its dtype is that of its kind, "base", "x", "adapter", or "magnitude", an adapter's never rounded.
+
+    "ids" are token numbers below ``scale``.
+    """
 
     shape: tuple[int, ...]
     kind: str
     scale: float = 1.0
     trains: bool = True
+    mean: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Provider(NamedTuple):
             native.set_isa(before)
 
     def __call__(self, *args: object, op: str = "lora_linear", **options: object) -> torch.Tensor:
-        plan = {} if op == "lora_embedding" else {"plan": self.plan}
+        plan = {} if op in dispatch.UNPLANNED else {"plan": self.plan}
         return getattr(ops, op)(*args, backend=self.backend, **plan, **options)
 
     @property
@@ -115,7 +115,7 @@ def gpu_providers(op: str = "lora_linear") -> list[Provider]:
 def _plans(backend: str, op: str) -> tuple[str, ...]:
     """The plans that differ for an op: an embedding has no base product, torch's block is made of its group."""
     plans = dispatch.BACKEND_PLANS[backend]
-    return plans[:1] if op == "lora_embedding" or (op, backend) == ("lora_mlp", "torch") else plans
+    return plans[:1] if op in dispatch.UNPLANNED or (op, backend) == ("lora_mlp", "torch") else plans
 
 
 def takes(provider: Provider, dtypes: Dtypes, exact: bool = False) -> str:
@@ -164,6 +164,8 @@ class Problem:
         ys = dict(zip(self.gs, ys if isinstance(ys, (tuple, list)) else [ys], strict=True))
         wanted = {name: t for name, t in tensors.items() if t.requires_grad}
         gs = [gs] if isinstance(gs, torch.Tensor) else (self.gs if gs is None else gs).values()
+        if not wanted:
+            return {name: y.detach() for name, y in ys.items()}
         grads = torch.autograd.grad(tuple(ys.values()), list(wanted.values()), tuple(gs), allow_unused=True)
         found = {f"d{n}": d for n, d in zip(wanted, grads, strict=True) if d is not None}
         return {name: y.detach() for name, y in ys.items()} | found
@@ -182,11 +184,13 @@ def problem(case: Case, dtypes: Dtypes, draw: int = 0) -> Problem:
     random = torch.Generator().manual_seed(seed)
     buffers: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
-    def make(name: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float, leaf: bool = True) -> torch.Tensor:
+    def make(
+        name: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float, leaf: bool = True, mean: float = 0.0
+    ) -> torch.Tensor:
         if dtype in (torch.int32, torch.int64):
             values, leaf = torch.randint(int(scale), shape, generator=random, dtype=dtype, device="cpu"), False
         else:
-            values = torch.randn(shape, generator=random, dtype=torch.float64, device="cpu") * scale
+            values = torch.randn(shape, generator=random, dtype=torch.float64, device="cpu") * scale + mean
             values = (values.abs() if case.positive else values).to(dtype)
         # leaves of one kind share a layout: "gate_A0" has that of "A"
         kind = name.rpartition("_")[2].rstrip("0123456789")
@@ -195,8 +199,12 @@ def problem(case: Case, dtypes: Dtypes, draw: int = 0) -> Problem:
         return view.detach().requires_grad_(leaf)
 
     kinds = {"base": dtypes.base, "x": dtypes.x, "adapter": dtypes.adapter, "ids": getattr(case, "ids_dtype", None)}
-    tensors = {name: make(name, leaf.shape, kinds[leaf.kind], leaf.scale, leaf.trains) for name, leaf in case.leaves()}
-    dtype = dtypes.base if case.op == "lora_embedding" else dtypes.compute
+    kinds["magnitude"] = dtypes.adapter
+    tensors = {
+        name: make(name, leaf.shape, kinds[leaf.kind], leaf.scale, leaf.trains, leaf.mean)
+        for name, leaf in case.leaves()
+    }
+    dtype = dtypes.base if case.op.endswith(("_embedding", "_experts")) else dtypes.compute
     gs = {
         name: make("g", shape, dtype, 1e-5 if case.young else 1.0, leaf=False) for name, shape in case.outputs().items()
     }
@@ -247,7 +255,9 @@ def truth(problem: Problem, round_adapters: bool = False) -> Tensors:
         kind = kinds[name].kind
         if kind == "ids":
             return t
-        keeps = problem.case.op == "lora_embedding" or (kind == "adapter" and not round_adapters)
+        keeps = (
+            problem.case.op.endswith("_embedding") or (kind == "adapter" and not round_adapters) or kind == "magnitude"
+        )
         rounded = t.detach() if keeps else t.detach().to(low)
         return rounded.double().requires_grad_(t.requires_grad)
 

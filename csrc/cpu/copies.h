@@ -326,6 +326,8 @@ void finish(const float* c, int64_t ldc, int m, int n, int64_t i0, int64_t j0, c
   const float* bias = t.bias ? t.bias + j0 : nullptr;
   for (int i = 0; i < m; ++i) {
     const int64_t at = (i0 + i) * t.row + j0 * t.col;
+    if (t.raw && t.raw_bf16) finish_line(c + i * ldc, n, nullptr, t.scale, nullptr, (uint16_t*)t.raw + at, t.col);
+    else if (t.raw) finish_line(c + i * ldc, n, nullptr, t.scale, nullptr, (float*)t.raw + at, t.col);
     if (t.bf16) finish_line(c + i * ldc, n, cs, t.scale, bias, (uint16_t*)t.data + at, t.col);
     else finish_line(c + i * ldc, n, cs, t.scale, bias, (float*)t.data + at, t.col);
   }

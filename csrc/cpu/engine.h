@@ -26,6 +26,8 @@ struct Target {
   float scale = 1.0f;
   const float* column_scale = nullptr;
   const float* bias = nullptr;
+  void* raw = nullptr;  // where scale·c alone goes as well, in the same order
+  bool raw_bf16 = false;
 };
 
 // one stretch of a tile's k: a (m, k) rows lda elements apart, b a panel (k, width); k a multiple of kpad
@@ -51,6 +53,19 @@ struct ActLine {
   float keep_scale;     // 1/(1 − p)
 };
 
+// columns.h, where each is explained
+struct ColumnOps {
+  double (*square)(const void* w, bool bf16, int64_t n);
+  void (*add_squares)(const void* w, bool bf16, int64_t n, float* sums);
+  void (*mix)(const float* u, const float* gone, float keep, const float* more, const float* bias, int64_t n,
+              bool y_bf16, void* y, bool z_bf16, void* z);
+  void (*scale)(const void* g, bool g_bf16, const void* z, bool z_bf16, const float* by, int64_t n, void* out,
+                float* dm, float* db);
+  void (*spread)(const float* panel, int width, const int32_t* at, const float* x, int64_t count, float* out);
+  void (*collect)(const float* panel, int64_t stride, int panels, const int32_t* at, int64_t count, const float* g,
+                  float* out);
+};
+
 struct Engine {
   const char* isa;
   bool half;  // packed operands are bfloat16, else float32
@@ -72,6 +87,14 @@ struct Engine {
   void (*activate_backward)(const ActLine&);  // dgate, dup and, where there is room, h
   // n neighbouring elements: y = w_scale·w, rounded to y's type, + c_scale·c; c is read up to a multiple of nr
   void (*add_row)(const void* w, bool bf16, float w_scale, const float* c, float c_scale, int64_t n, void* y);
+  // c (m, n) = or += x (m, k)·wᵀ, w (n, k) as it lies in memory, its k neighbours and its rows `row` elements apart; x in
+  // packed elements, rows ldx apart and zero up to the next 32 of k. Where `half`, w must be bfloat16
+  void (*dots)(const void* w, bool bf16, int64_t row, int64_t n, const void* x, int64_t ldx, int64_t k, int64_t m,
+               float* c, int64_t ldc, bool add);
+  // c (m, n) = x (m, k)·w, w (k, n) as it lies in memory, its n neighbours; c has room for n rounded up to 256
+  void (*sums)(const void* w, bool bf16, int64_t row, int64_t n, const float* x, int64_t ldx, int64_t k, int64_t m,
+               float* c, int64_t ldc);
+  const ColumnOps* columns;
   // around the tiles of one task: what the processor's tile state needs, 64 bytes keep the caller's; null = nothing
   void (*enter)(void* saved) = nullptr;
   void (*leave)(const void* saved) = nullptr;

@@ -90,20 +90,16 @@ struct Adapters {
   }
 };
 
-const void* packed_data(const std::optional<Tensor>& packed, const Engine& e, int64_t K, int64_t N) {
-  if (!packed) return nullptr;
-  STD_TORCH_CHECK(packed->numel() == packed_bytes(e, K, N),
-                  "given: a packed weight of another size or instruction set\nneeded: pack_weight of this weight\n"
-                  "do: clear the cache, peft_fast.ops.packing.clear()");
-  return packed->const_data_ptr();
-}
+// a W without columns stands for no base product at all
+bool has_product(const Tensor& w, bool transposed) { return w.size(transposed ? 0 : 1) > 0; }
 
 // what forward and backward know of sibling i
 void check_sibling(const Tensor& w, const Tensor& a, const Tensor& b, bool transposed, int64_t N, int64_t K,
                    const Adapters& adapters, size_t i) {
   check_float(b, "B");
   const int64_t R = adapters.R();
-  STD_TORCH_CHECK(w.size(transposed ? 1 : 0) == N && w.size(transposed ? 0 : 1) == K && a.size(0) == R &&
+  STD_TORCH_CHECK(w.size(transposed ? 1 : 0) == N &&
+                      (w.size(transposed ? 0 : 1) == K || !has_product(w, transposed)) && a.size(0) == R &&
                       (R == 0 || a.size(1) == K) && b.size(0) == N &&
                       b.size(1) == adapters.begins[i + 1] - adapters.begins[i],
                   "given: shapes that do not fit\nneeded: x (..., K), W (N, K), A (R, K), B (N, r), g (..., N)\n"
@@ -114,7 +110,16 @@ void check_lists(bool fit) {
   STD_TORCH_CHECK(fit, "given: lists of different lengths\nneeded: one entry per sibling\ndo: call peft_fast.ops");
 }
 
-// (N,) as float32
+}  // namespace
+
+const void* packed_data(const std::optional<Tensor>& packed, const Engine& e, int64_t K, int64_t N) {
+  if (!packed) return nullptr;
+  STD_TORCH_CHECK(packed->numel() == packed_bytes(e, K, N),
+                  "given: a packed weight of another size or instruction set\nneeded: pack_weight of this weight\n"
+                  "do: clear the cache, peft_fast.ops.packing.clear()");
+  return packed->const_data_ptr();
+}
+
 std::vector<float> widened(const Tensor& bias, int64_t N) {
   check_float(bias, "bias");
   STD_TORCH_CHECK(bias.numel() == N, "given: a bias of another length\nneeded: (N,)\ndo: pass the bias of W's layer");
@@ -123,8 +128,6 @@ std::vector<float> widened(const Tensor& bias, int64_t N) {
   engine(false).rows({dense.const_data_ptr(), is_bf16(dense), N, 1}, 0, 1, 0, N, wide.data(), N);
   return wide;
 }
-
-}  // namespace
 
 std::tuple<std::vector<Tensor>, Tensor> lora_group(
     const Tensor& x_, const std::vector<Tensor>& ws, const std::vector<std::optional<Tensor>>& biases, const Tensor& a,
@@ -147,7 +150,9 @@ std::tuple<std::vector<Tensor>, Tensor> lora_group(
     const int64_t N = ws[i].size(transposed[i] ? 1 : 0), begin = adapters.begins[i], R = adapters.begins[i + 1] - begin;
     check_sibling(ws[i], a, bs[i], transposed[i], N, K, adapters, i);
     ys.push_back(empty_like(x_, with_last(x_, N)));
-    const Right right{turned(weight(ws[i], transposed[i], x.source.bf16)), packed_data(packed[i], e, K, N)};
+    Right right{};
+    if (has_product(ws[i], transposed[i]))
+      right = {turned(weight(ws[i], transposed[i], x.source.bf16)), packed_data(packed[i], e, K, N)};
     Columns c{N, {right}, {}, target(ys[i], N, 1)};
     if (R > 0) c.low.push_back({from_col(rows_of(h), begin), turned(rows_of(bs[i])), R});
     if (biases[i]) c.y.bias = (wide[i] = widened(*biases[i], N)).data();
@@ -211,7 +216,10 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> group_backw
                     "given: a gradient that does not fit the forward\nneeded: g (..., N) of y, in x's dtype\n"
                     "do: call peft_fast.ops and let autograd run the backward");
     product.lefts.push_back({g.source, N});
-    columns.rights.push_back({weight(ws[i], transposed[i], is_bf16(x_)), packed_data(packed[i], e, N, K)});
+    Right right{};
+    if (has_product(ws[i], transposed[i]))
+      right = {weight(ws[i], transposed[i], is_bf16(x_)), packed_data(packed[i], e, N, K)};
+    columns.rights.push_back(right);
     // dBᵀ = Hᵀ·G and dbias = 1ᵀ·G, one pass over G
     const bool db = needs_b[i] && rank > 0;
     dbs.push_back(empty_like(bs[i], db ? std::vector<int64_t>{N, rank} : none));

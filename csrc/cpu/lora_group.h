@@ -7,6 +7,12 @@
 
 namespace peft_fast {
 
+// what pack_weight made of a (K, N) operand, after a look at its size; null where there is nothing
+const void* packed_data(const std::optional<Tensor>& packed, const Engine& e, int64_t K, int64_t N);
+
+// a bias (N,) as float32
+std::vector<float> widened(const Tensor& bias, int64_t N);
+
 // x (..., K), ws[i] (N_i, K) or (K, N_i) if transposed[i], biases[i] (N_i,), a (R, K) of all adapters, sibling after
 // sibling, counts[i] of them its own, bs[i] (N_i, R_i), seed (n,) int64 for n adapters -> y_i (..., N_i) in x's dtype,
 // h (M, R) float32 = s·drop(x)·Aᵀ. packed[i]: pack_weight(ws[i], ..., false).

@@ -8,6 +8,7 @@ namespace peft_fast {
 
 // x (..., K), w (N, K) or (K, N) if transposed, bias (N,), a (R, K), b (N, R), seed (n,) int64 for n adapters whose
 // ranks sum to R -> y (..., N) in x's dtype, h (M, R) float32 = s·drop(x)·Aᵀ. packed: pack_weight(w, ..., false).
+// A w of (N, 0) gives the adapters' part alone, here and in the backward.
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
                                        const Tensor& a, const Tensor& b, const std::optional<Tensor>& seed,
                                        const std::vector<int64_t>& ranks, const std::vector<double>& scalings,

@@ -7,7 +7,20 @@ import importlib.util
 from types import ModuleType
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
-OPS = ("lora_linear", "lora_group", "lora_mlp", "lora_embedding")
+OPS = (
+    "lora_linear",
+    "lora_group",
+    "lora_mlp",
+    "lora_decode",
+    "lora_embedding",
+    "lora_mixed",
+    "dora_norm",
+    "dora_linear",
+    "dora_embedding",
+    "lora_experts",
+    "nf4",
+    "lora_add",
+)
 _ops = {
     backend: {op for op in OPS if importlib.util.find_spec(f"peft_fast.backends.{backend}.{op}")}
     for backend in BACKENDS

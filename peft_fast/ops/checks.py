@@ -22,7 +22,7 @@ def check_kinds(x, W, bias, adapters):
     for a in adapters:
         if not hasattr(a, "scaling"):
             given = f"an adapter of type {type(a).__name__}"
-            fail(SettingsError, given, "a peft_fast.Adapter", "pass Adapter(A, B, scaling, p, bias)")
+            fail(SettingsError, given, "a peft_fast.ops.Adapter", "pass Adapter(A, B, scaling, p, bias)")
         _check_dense(("A", a.A), ("B", a.B), ("adapter bias", a.bias))
         if not isinstance(a.scaling, (*NUMBERS, Tensor)):
             fail(SettingsError, f"scaling={a.scaling!r}", "a float or a 0-d tensor", "pass lora_alpha / r")

@@ -54,26 +54,33 @@ def lora_linear(
 
 def _run(name, plan, x, dtype, W, bias, adapters, seed, transposed, exact):
     if name == "reference":
-        return _reference(x.to(dtype), Sibling(W, bias, adapters, transposed), seed)
+        return defined(x.to(dtype), Sibling(W, bias, adapters, transposed), seed)
     bias = prepare.merge_bias(bias, adapters)
+    A, B = stacked(x, dtype, W.shape[1] if transposed else W.shape[0], adapters)
+    spec = spec_of(adapters, x.dtype, transposed, exact, name, plan)
+    return LoraLinear.apply(x.to(dtype), W, bias, A, B, seed, spec, x if x.dtype != dtype else None)
+
+
+def stacked(x: Tensor, dtype: torch.dtype, N: int, adapters: Sequence[Adapter]) -> tuple[Tensor, Tensor]:
+    """All A's as one (R, K), all B's as one (N, R)."""
     if len(adapters) == 1:
-        A, B = adapters[0].A, adapters[0].B
-    elif adapters:
-        A, B = torch.cat([a.A for a in adapters]), torch.cat([a.B for a in adapters], dim=1)
-    else:
-        A = x.new_empty(0, x.shape[-1], dtype=dtype)
-        B = x.new_empty(W.shape[1] if transposed else W.shape[0], 0, dtype=dtype)
-    spec = Spec(
+        return adapters[0].A, adapters[0].B
+    if adapters:
+        return torch.cat([a.A for a in adapters]), torch.cat([a.B for a in adapters], dim=1)
+    return x.new_empty(0, x.shape[-1], dtype=dtype), x.new_empty(N, 0, dtype=dtype)
+
+
+def spec_of(adapters: Sequence[Adapter], dx_dtype: torch.dtype, transposed: bool, exact: bool, *chosen: str) -> Spec:
+    """What a backend needs beside the tensors; ``chosen``: backend and plan."""
+    return Spec(
         [a.A.shape[0] for a in adapters],
         [a.scaling for a in adapters],
         [a.p for a in adapters],
-        x.dtype,
+        dx_dtype,
         transposed,
         exact,
-        name,
-        plan,
+        *chosen,
     )
-    return LoraLinear.apply(x.to(dtype), W, bias, A, B, seed, spec, x if x.dtype != dtype else None)
 
 
 class LoraLinear(torch.autograd.Function):
@@ -96,14 +103,15 @@ class LoraLinear(torch.autograd.Function):
         if g is None:
             return (None,) * 8
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiable_backward(g, (x, W, bias, A, B), needs, seed, ctx.spec), None, None, None
+            return *differentiable_backward(g, (x, W, bias, A, B), needs, seed, ctx.spec), None, None, None
         wanted = (needs[0] or needs[7], *needs[1:5])
         dx, dW, dbias, dA, dB = backends[ctx.spec.backend].backward(g, x, W, bias, A, B, H, seed, ctx.spec, wanted)
         dx, uncast = (None, dx) if needs[7] else (dx, None)
         return dx, dW, dbias, dA, dB, None, None, uncast
 
 
-def _reference(x, sibling, seed):
+def defined(x: Tensor, sibling: Sibling, seed: Tensor | None) -> Tensor:
+    """y by the definition, in x's dtype."""
     with torch.autocast(x.device.type, enabled=False):
         masks = prepare.masks(x, seed, [a.p for a in sibling.adapters])
         W, bias, adapters, transposed = prepare.widened(sibling, x.dtype)
@@ -111,12 +119,14 @@ def _reference(x, sibling, seed):
         return reference.forward(wide, W, bias, adapters, masks, transposed).to(x.dtype)
 
 
-def _differentiable_backward(g, inputs, needs, seed, spec):
+def differentiable_backward(
+    g: Tensor, inputs: Sequence, needs: Sequence[bool], seed: Tensor | None, spec: Spec
+) -> list[Tensor | None]:
     """Gradients that can be differentiated again (create_graph=True): autograd through the definition."""
     x, W, bias, A, B = inputs
     split = zip(A.split(spec.ranks), B.split(spec.ranks, dim=1), spec.scalings, spec.ps, strict=True)
     adapters = [Adapter(a, b, s, p) for a, b, s, p in split] if spec.ranks else []
-    y = _reference(x, Sibling(W, bias, adapters, spec.transposed), seed)
+    y = defined(x, Sibling(W, bias, adapters, spec.transposed), seed)
     wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
     grads = iter(torch.autograd.grad(y, wanted, g, create_graph=True, allow_unused=True))
     return [next(grads) if need else None for need in needs[:5]]

@@ -73,9 +73,14 @@ def widened(sibling: Sibling, dtype: torch.dtype) -> Sibling:
     """The sibling for the definition: at least float32 throughout and one rounding at the end, as PEFT rounds less."""
     wide = at_least_float32(dtype)
     W, bias, adapters, transposed = sibling
-    adapters = [
+    # a float32 weight under autocast is a rounded one
+    W, bias = W.to(dtype).to(wide), None if bias is None else bias.to(wide)
+    return Sibling(W, bias, widened_adapters(adapters, wide), transposed)
+
+
+def widened_adapters(adapters: list[Adapter], wide: torch.dtype) -> list[Adapter]:
+    """The adapters in another dtype."""
+    return [
         Adapter(a.A.to(wide), a.B.to(wide), a.scaling, a.p, None if a.bias is None else a.bias.to(wide))
         for a in adapters
     ]
-    # a float32 weight under autocast is a rounded one
-    return Sibling(W.to(dtype).to(wide), None if bias is None else bias.to(wide), adapters, transposed)

@@ -81,3 +81,33 @@ class EmbeddingSpec(NamedTuple):
     scaling: float
     padding_idx: int  # the token whose column of A has no gradient; -1 for none
     backend: str
+
+
+class MixedSpec(NamedTuple):
+    """Rows of a batch by adapter: ``order`` has those of the first adapter, counts[0] of them, then the second's, …"""
+
+    order: list[int]
+    counts: list[int]
+    scalings: list[float]
+    padding_idx: int  # -1 for none
+    backend: str
+
+
+class Routing(NamedTuple):
+    """Pairs of token and expert, k a token, sorted by expert: row s is pair order[s], of token order[s] // k."""
+
+    order: Tensor  # (S,) int64
+    inverse: Tensor  # (S,) the row of each pair
+    counts: Tensor  # (E,) rows of each expert
+    k: int
+
+
+class ExpertsSpec(NamedTuple):
+    """What the kernels of lora_experts need beside tensors: adapter i owns ranks[i] of A (E, R, K) and B (N, R·E)."""
+
+    ranks: list[int]
+    scalings: list[float]
+    tokens: bool  # x has a row a token, which each of its experts reads; else a row a pair
+    transposed: bool
+    exact: bool
+    backend: str

@@ -17,17 +17,17 @@ from pathlib import Path
 from peft_fast import native
 native.LIBRARY = Path(sys.argv[1])
 import torch, peft_fast
-from peft_fast import dispatch
+from peft_fast import dispatch, ops
 
 x, W = torch.ones(3, 8, requires_grad=True), torch.ones(4, 8)
-adapter = peft_fast.Adapter(torch.ones(2, 8), torch.ones(4, 2), 0.5)
-y = peft_fast.lora_linear(x, W, adapters=[adapter])
+adapter = ops.Adapter(torch.ones(2, 8), torch.ones(4, 2), 0.5)
+y = ops.lora_linear(x, W, adapters=[adapter])
 y.sum().backward()
 assert torch.equal(y, torch.full((3, 4), 16.0)) and torch.equal(x.grad, torch.full((3, 8), 8.0))
 assert "cpu" in [name for name, live, why in dispatch.backends() if not live]
 print(native.load(), native.reason())
 try:
-    peft_fast.lora_linear(x, W, adapters=[adapter], backend="cpu")
+    ops.lora_linear(x, W, adapters=[adapter], backend="cpu")
 except peft_fast.errors.PeftFastError as error:
     print(len(str(error).splitlines()))
 """

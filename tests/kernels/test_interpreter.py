@@ -18,13 +18,19 @@ PARTS = {
     "mutants": ["test_mutants.py"],
     "other_ops": ["test_other_ops.py"],
     **{plan: ["test_contract.py", "-k", f"triton-{plan}"] for plan in BACKEND_PLANS["triton"]},
-    # what every backend is asked, of this one
-    "autograd": ["../../ops/test_autograd.py", "../../ops/test_dropout.py", "-k", "triton"],
-    # where a bad number goes does not depend on the plan
+    # what every backend is asked, of this one; in one dtype with casts on every path where a test has several
+    "autograd": [
+        "../../ops/test_autograd.py",
+        "../../ops/test_dropout.py",
+        "-k",
+        "triton and not ([f32- or [bf16- or -f32- or -bf16-)",
+    ],
+    # where a bad number goes does not depend on the plan. What a kernel leaves in memory the contract sees, which runs
+    # on memory full of NaN; programs run one after another here, so a long sum has no order of its own to be found
     "relations": [
         "../../ops/test_metamorphic.py",
         "-k",
-        "triton and bf16_f32_adapters and not (bad_token and accumulate)",
+        "triton and bf16_f32_adapters and not (bad_token and accumulate) and not scratch and not (twice and large)",
     ],
     "compiled": ["../../ops/test_compile.py", "-k", "triton"],
 }

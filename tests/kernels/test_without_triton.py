@@ -11,18 +11,18 @@ import sys
 if sys.argv[1] == "absent":
     sys.modules["triton"] = None
 import torch, peft_fast
-from peft_fast import dispatch
+from peft_fast import dispatch, ops
 from peft_fast.cli import doctor
 
 x, W = torch.ones(3, 8, requires_grad=True), torch.ones(4, 8)
-adapter = peft_fast.Adapter(torch.ones(2, 8), torch.ones(4, 2), 0.5)
+adapter = ops.Adapter(torch.ones(2, 8), torch.ones(4, 2), 0.5)
 for backend in ("torch", None):
-    y = peft_fast.lora_linear(x, W, adapters=[adapter], backend=backend)
+    y = ops.lora_linear(x, W, adapters=[adapter], backend=backend)
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(y, torch.full((3, 4), 16.0)) and torch.equal(dx, torch.full((3, 8), 8.0))
-    peft_fast.lora_linear(x, W, adapters=[adapter._replace(p=0.5)], backend=backend).sum().backward()
+    ops.lora_linear(x, W, adapters=[adapter._replace(p=0.5)], backend=backend).sum().backward()
 try:
-    peft_fast.lora_linear(x, W, adapters=[adapter], backend="triton")
+    ops.lora_linear(x, W, adapters=[adapter], backend="triton")
 except peft_fast.errors.PeftFastError as error:
     assert len(str(error).splitlines()) == 3
 else:

@@ -79,8 +79,16 @@ STEPS += [
 
 
 @numerics.each(*STEPS, every_isa=False)
-@pytest.mark.parametrize("dtypes", ["f32", "bf16_f32_adapters"])
-def test_fullgraph_of_groups_and_blocks(provider, case, dtypes):
+def test_fullgraph_of_groups_and_blocks(provider, case):
+    check_fullgraph(provider, case, "f32")
+
+
+@numerics.each(*STEPS[:3], every_isa=False)
+def test_fullgraph_beside_float32_adapters(provider, case):
+    check_fullgraph(provider, case, "bf16_f32_adapters")
+
+
+def check_fullgraph(provider, case, dtypes):
     p = numerics.problem(case, DTYPES[dtypes])
     names = list(p.tensors)
 

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peft_fast import dispatch, lora_linear
+from peft_fast import dispatch
 from peft_fast.backends import triton as backend
 from peft_fast.backends.torch import lora_linear as vendor
 from peft_fast.backends.triton import lora_linear as ours
 from peft_fast.backends.triton import tuning
-from peft_fast.ops import Adapter, draw_seed
+from peft_fast.ops import Adapter, draw_seed, lora_linear
 from peft_fast.ops.spec import Spec
 from tests import numerics
 

@@ -19,6 +19,10 @@ def register() -> None:
     torch.library.register_fake("peft_fast::lora_mlp_down_backward", _lora_mlp_down_backward)
     torch.library.register_fake("peft_fast::lora_embedding", _lora_embedding)
     torch.library.register_fake("peft_fast::lora_embedding_backward", _lora_embedding_backward)
+    torch.library.register_fake("peft_fast::lora_decode", _lora_decode)
+    torch.library.register_fake("peft_fast::lora_mixed", _lora_mixed)
+    torch.library.register_fake("peft_fast::dora_linear", _dora_linear)
+    torch.library.register_fake("peft_fast::dora_linear_backward", _dora_linear_backward)
     torch.library.register_fake("peft_fast::dropout_mask", _dropout_mask)
 
 
@@ -82,5 +86,35 @@ def _lora_embedding_backward(g, ids, A, B, H, scale, scaling, padding, needs):
     return A.new_empty(r if needs[0] else 0, V), B.new_empty(B.shape[0] if needs[1] else 0, r)
 
 
+def _lora_decode(x, W, bias, As, Bs, low_biases, scalings, transposed):
+    return x.new_empty(*x.shape[:-1], W.shape[1 if transposed else 0])
+
+
+def _dora_linear(x, W, bias, A, B, c, seed, scaling, p, transposed, keep, packed=None):
+    M, N = _rows(x), W.shape[1 if transposed else 0]
+    half = x.dtype == torch.bfloat16 and torch.ops.peft_fast.isa() in ("avx512_bf16", "amx")
+    z = x.new_empty(M if keep else 0, N, dtype=x.dtype if half else torch.float32)
+    return x.new_empty(*x.shape[:-1], N), x.new_empty(M, A.shape[0], dtype=torch.float32), z
+
+
+def _dora_linear_backward(g, x, W, A, B_c, c, H, Z, seed, scaling, p, transposed, needs, wide_dx, packed=None):
+    N = B_c.shape[0]
+    dx = x.new_empty(x.shape if needs[0] else (0,), dtype=torch.float32 if wide_dx else x.dtype)
+    dA, dB = A.new_empty(A.shape[0] if needs[2] else 0, A.shape[1]), B_c.new_empty(N if needs[3] else 0, B_c.shape[1])
+    dbias, dm = (x.new_empty(N if need else 0, dtype=torch.float32) for need in (needs[1], needs[4]))
+    return dx, dA, dB, dbias, dm
+
+
+def _rows(x):
+    M = 1
+    for size in x.shape[:-1]:
+        M = M * size
+    return M
+
+
 def _dropout_mask(seed, M, K, p):
     return seed.new_empty(M, K, dtype=torch.bool)
+
+
+def _lora_mixed(y, x, As, Bs, biases, order, counts, scalings):
+    return None  # it writes into y

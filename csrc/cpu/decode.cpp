@@ -1,0 +1,152 @@
+#include "cpu/decode.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/scratch.h"
+
+namespace peft_fast {
+namespace {
+
+constexpr int64_t PAD = 32;                  // Engine::dots reads x up to the next multiple of it
+constexpr int64_t COLUMNS = 256;             // of y at a time: what Engine::sums writes, and the first-level cache keeps
+constexpr int64_t TASK_BYTES = 128 << 10;    // of weights: fewer are not worth another thread
+
+void check_fits(bool fits) {
+  STD_TORCH_CHECK(fits, "given: shapes that do not fit\nneeded: x (..., K), W (N, K), A (r, K), B (N, r), biases (N,)\n"
+                        "do: call peft_fast.ops.lora_decode, which names the one that is wrong");
+}
+
+// a matrix (rows, k) whose k are neighbours, copied if they are not
+struct Rows {
+  Tensor kept;
+  const char* data;
+  bool bf16;
+  int64_t row;
+
+  Rows(const Tensor& t, const char* name, int64_t rows, int64_t k)
+      : kept(k <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t)), data((const char*)kept.const_data_ptr()),
+        bf16(is_bf16(kept)), row(kept.stride(0)) {
+    check_float(t, name);
+    check_fits(t.size(0) == rows && t.size(1) == k);
+  }
+  const void* from(int64_t i) const { return data + i * row * (bf16 ? 2 : 4); }
+};
+
+// scale · a vector (N,)
+struct Line {
+  Source source;
+  float scale;
+
+  Line(const Tensor& t, const char* name, int64_t N, double s) : source{}, scale(float(s)) {
+    check_float(t, name);
+    check_fits(t.dim() == 1 && t.size(0) == N);
+    source = {t.const_data_ptr(), is_bf16(t), 0, t.stride(0)};
+  }
+};
+
+struct Low {
+  Rows a, b;
+  int64_t r, at;  // where its columns of H begin
+  float scaling;
+};
+
+// rows of x in an engine's elements, zero up to the next PAD
+struct Packed {
+  char* data;
+  int64_t ld;
+
+  Packed(const Engine& e, const Matrix& x, char* out, int64_t ld_) : data(out), ld(ld_) {
+    for (int64_t m = 0; m < x.rows; ++m) {
+      char* to = out + m * ld * e.element();
+      std::memset(to + x.cols * e.element(), 0, (ld - x.cols) * e.element());
+      e.rows(x.source, m, 1, 0, x.cols, to, ld);
+    }
+  }
+};
+
+// each column costs `bytes` of weights
+template <class F>
+void split(int64_t columns, int64_t bytes, int64_t step, const F& f) {
+  const int64_t tasks = ceil_div(columns, step), worth = ceil_div(TASK_BYTES, std::max<int64_t>(1, bytes * step));
+  torch::stable::parallel_for(0, tasks, worth, [&](int64_t t0, int64_t t1) {
+    for (int64_t j = t0 * step; j < std::min(columns, t1 * step); j += COLUMNS)
+      f(j, std::min(COLUMNS, std::min(columns, t1 * step) - j));
+  });
+}
+
+}  // namespace
+
+Tensor lora_decode(const Tensor& x_, const Tensor& w, const std::optional<Tensor>& bias, const std::vector<Tensor>& as,
+                   const std::vector<Tensor>& bs, const std::vector<std::optional<Tensor>>& low_biases,
+                   const std::vector<double>& scalings, bool transposed) {
+  const Matrix x = matrix(x_, "x");
+  check_float(w, "W");
+  const int64_t M = x.rows, K = x.cols, size = x.source.bf16 ? 2 : 4;
+  const size_t n_low = as.size();
+  check_fits(w.dim() == 2 && w.size(transposed ? 0 : 1) == K && bs.size() == n_low && low_biases.size() == n_low &&
+             scalings.size() == n_low);
+  const int64_t N = w.size(transposed ? 1 : 0);
+  Tensor y = empty_like(x_, with_last(x_, N));
+  if (M == 0 || N == 0) return y;
+
+  Source base = weight(w, transposed, false);
+  const Tensor dense = K <= 1 || N <= 1 || base.row == 1 || base.col == 1 ? w : torch::stable::contiguous(w);
+  base = weight(dense, transposed, false);
+  const bool columns = K > 1 && base.col != 1;  // the weight's neighbours lie along n
+  const Engine& wide = engine(false);
+  const Engine& e = x.source.bf16 && base.bf16 && !columns ? engine(true) : wide;
+
+  std::vector<Low> lows;
+  std::vector<Line> lines;
+  if (bias) lines.emplace_back(*bias, "bias", N, 1.0);
+  int64_t R = 0;
+  for (size_t i = 0; i < n_low; ++i) {
+    check_fits(as[i].dim() == 2 && bs[i].dim() == 2);
+    const int64_t r = as[i].size(0);
+    lows.push_back({Rows(as[i], "A", r, K), Rows(bs[i], "B", N, r), r, R, float(scalings[i])});
+    if (low_biases[i]) lines.emplace_back(*low_biases[i], "bias of B", N, scalings[i]);
+    R += round_up(r, PAD);
+  }
+
+  const int64_t ld = round_up(K, PAD);
+  Scratch scratch(M * (ld * (e.half ? 6 : 4) + R * 4));
+  float* const h = (float*)scratch.data();
+  const Packed xs(wide, x, scratch.data() + M * R * 4, ld);
+  const Packed xe = e.half ? Packed(e, x, scratch.data() + M * (R + ld) * 4, ld) : xs;
+  if (R) std::memset(h, 0, M * R * 4);
+  int64_t low_bytes = 0;  // of B, a column of y
+  for (const Low& low : lows) {
+    low_bytes += low.r * (low.b.bf16 ? 2 : 4);
+    split(low.r, K * (low.a.bf16 ? 2 : 4), 4, [&](int64_t j, int64_t n) {
+      wide.dots(low.a.from(j), low.a.bf16, low.a.row, n, xs.data, ld, K, M, h + low.at + j, R, false);
+    });
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t j = 0; j < low.r; ++j) h[m * R + low.at + j] *= low.scaling;
+  }
+
+  const char* w_data = (const char*)base.data;
+  const int64_t element = base.bf16 ? 2 : 4;
+  split(N, K * element + low_bytes, columns ? 64 : 16, [&](int64_t j, int64_t n) {
+    Scratch own((M + 2) * COLUMNS * 4);
+    float* const c = (float*)own.data();
+    float *const sum = c + M * COLUMNS, *const part = sum + COLUMNS;
+    const char* at = w_data + j * base.row * element;
+    if (columns) wide.sums(at, base.bf16, base.col, n, (const float*)xs.data, ld, K, M, c, COLUMNS);
+    else e.dots(at, base.bf16, base.row, n, xe.data, ld, K, M, c, COLUMNS, false);
+    for (const Low& low : lows)
+      wide.dots(low.b.from(j), low.b.bf16, low.b.row, n, h + low.at, R, low.r, M, c, COLUMNS, true);
+    std::fill(sum, sum + n, 0.0f);
+    for (const Line& line : lines) {
+      wide.rows(line.source, 0, 1, j, n, part, n);
+      for (int64_t i = 0; i < n; ++i) sum[i] += line.scale * part[i];
+    }
+    Target to{(char*)y.mutable_data_ptr() + j * size, x.source.bf16, N, 1};
+    to.bias = lines.empty() ? nullptr : sum;
+    for (int64_t i = 0; i < n; i += e.nr)
+      e.finish(c + i, COLUMNS, int(M), int(std::min<int64_t>(e.nr, n - i)), 0, i, to);
+  });
+  return y;
+}
+
+}  // namespace peft_fast

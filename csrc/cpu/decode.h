@@ -1,0 +1,13 @@
+// y = x·Wᵀ + bias + Σ s·(x·Aᵀ·Bᵀ + b_B) for few tokens on the CPU; shapes and dtypes as in peft_fast/ops/lora_decode.py.
+#pragma once
+#include "common/tensor.h"
+
+namespace peft_fast {
+
+// x (..., K), w (N, K) or (K, N) if transposed, bias (N,), and of each adapter a (r, K), b (N, r), low_bias (N,)
+// -> y (..., N) in x's dtype, rounded once
+Tensor lora_decode(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, const std::vector<Tensor>& as,
+                   const std::vector<Tensor>& bs, const std::vector<std::optional<Tensor>>& low_biases,
+                   const std::vector<double>& scalings, bool transposed);
+
+}  // namespace peft_fast

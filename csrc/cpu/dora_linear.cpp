@@ -1,0 +1,319 @@
+#include "cpu/dora_linear.h"
+
+#include <algorithm>
+
+#include "cpu/dropout.h"
+#include "cpu/gemm.h"
+#include "cpu/lora_group.h"
+#include "cpu/scratch.h"
+
+namespace peft_fast {
+namespace {
+
+// what dropout takes from x (M, K): of row m, entries [begin[m], begin[m + 1]), in the order of their columns
+struct Dropped {
+  std::vector<int64_t> begin{0};
+  std::vector<int32_t> at;
+  std::vector<float> x;
+
+  Dropped(const MaskBits& bits, const Source& from, int64_t M, int64_t K, bool values) {
+    const Source mask = bits.over({});
+    std::vector<float> line(K);
+    for (int64_t m = 0; m < M; ++m) {
+      if (values) engine(false).rows(from, m, 1, 0, K, line.data(), K);
+      const uint8_t* row = mask.mask + m * mask.mask_row;
+      for (int64_t byte = 0; 8 * byte < K; ++byte)
+        for (unsigned gone = uint8_t(~row[byte]); gone; gone &= gone - 1) {
+          const int64_t k = 8 * byte + __builtin_ctz(gone);
+          if (k >= K) break;
+          at.push_back(int32_t(k));
+          if (values) x.push_back(line[k]);
+        }
+      begin.push_back(int64_t(at.size()));
+    }
+  }
+};
+
+struct Call {
+  const Engine& e;
+  const Engine& wide;  // whose panels are float32
+  int64_t M, K, N, r;
+  Source w;  // (N, K)
+  float scaling, keep_scale;
+  MaskBits mask;
+
+  Call(bool bf16, int64_t tokens, const Tensor& w_, const Tensor& a, const Tensor& b, const Tensor& c,
+       const std::optional<Tensor>& seed, double s, double p, bool transposed)
+      : e(engine(bf16)), wide(engine(false)), M(tokens), K(w_.size(transposed ? 0 : 1)), N(w_.size(transposed ? 1 : 0)),
+        r(a.size(0)), w(weight(w_, transposed, bf16)), scaling(float(s)), keep_scale(float(1 / (1 - p))) {
+    check_float(a, "A");
+    check_float(b, "B");
+    STD_TORCH_CHECK(a.size(1) == K && b.size(0) == N && b.size(1) == r && c.numel() == N && c.is_contiguous() &&
+                        c.scalar_type() == ScalarType::Float && p >= 0 && p < 1,
+                    "given: shapes that do not fit\nneeded: W (N, K), A (r, K), B (N, r), c (N,) float32, p < 1\n"
+                    "do: call peft_fast.ops.dora_linear, which names the one that is wrong");
+    if (p == 0) return;
+    STD_TORCH_CHECK(seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
+                    "given: dropout without a seed\nneeded: int64 (1,)\ndo: draw_seed(1)");
+    mask = MaskBits(e, uint64_t(*(const int64_t*)seed->const_data_ptr()), M, K, p);
+  }
+
+  bool drops() const { return bool(mask); }
+  int64_t panels() const { return ceil_div(N, wide.nr); }
+
+  // rows [k0, k0 + k) of Wᵀ, columns of panel p, all `nr` of them where `whole`
+  int panel(int64_t p, int64_t k0, int64_t k, bool whole, float* out) const {
+    const int64_t j = p * wide.nr, n = std::min<int64_t>(wide.nr, N - j);
+    const int width = whole ? wide.nr : wide.width(n);
+    wide.panel(turned(w), k0, k, j, n, width, out);
+    return width;
+  }
+};
+
+Target to(const Tensor& t, int64_t row, int64_t col, float scale) {
+  Target out = target(t, row, col);
+  out.scale = scale;
+  return out;
+}
+
+// h (M, r) = s·drop(x)·Aᵀ
+Product shrink(const Call& call, const Source& x, const Tensor& a, const Tensor& h) {
+  const Source seen = call.drops() ? call.mask.over(x) : x;
+  const float scale = call.scaling * (call.drops() ? call.keep_scale : 1.0f);
+  return {{{seen, call.K}}, {{call.r, {{turned(rows_of(a))}}, {}, to(h, call.r, 1, scale)}}};
+}
+
+// u = x·Wᵀ + h·Bᵀ -> y = u + bias + (c−1)∘z and z = (u − dropped x·Wᵀ − p·h·Bᵀ) / (1−p): the product of what dropout
+// took away is a few rows of Wᵀ a token, where that of what it left would be a second GEMM
+void mix_dropped(const Call& call, const Source& x, const Tensor& u, const Tensor& h, const Tensor& b,
+                 const float* bias, const std::vector<float>& more, double p, const Tensor& y, const Tensor& z,
+                 bool keep) {
+  const Engine& e = call.wide;
+  const Dropped gone(call.mask, x, call.M, call.K, true);
+  const int64_t low_row = padded_row(e, call.r);
+  std::vector<float> low(ceil_div(call.M, e.mr) * e.mr * low_row);
+  e.rows(rows_of(h), 0, call.M, 0, call.r, low.data(), low_row);
+  for (float& v : low) v *= float(p);
+  const bool y_bf16 = is_bf16(y), z_bf16 = keep && is_bf16(z);
+  const float* from = (const float*)u.const_data_ptr();
+  char *y_data = (char*)y.mutable_data_ptr(), *z_data = keep ? (char*)z.mutable_data_ptr() : nullptr;
+  torch::stable::parallel_for(0, call.panels(), 1, [&](int64_t p0, int64_t p1) {
+    Scratch own((e.padded(call.K) + e.padded(call.r) + e.mr) * e.nr * 4);
+    float* panel = (float*)own.data();
+    float* low_panel = panel + e.padded(call.K) * e.nr;
+    float* part = low_panel + e.padded(call.r) * e.nr;
+    for (int64_t p = p0; p < p1; ++p) {
+      const int64_t j = p * e.nr, n = std::min<int64_t>(e.nr, call.N - j);
+      const int width = call.panel(p, 0, call.K, false, panel);
+      e.panel(turned(rows_of(b)), 0, call.r, j, n, width, low_panel);
+      for (int64_t i = 0; i < call.M; i += e.mr) {
+        const int mi = int(std::min<int64_t>(e.mr, call.M - i));
+        const Segment all{e.padded(call.r), low.data() + i * low_row, low_row, low_panel};
+        e.tile(&all, 1, part, e.nr, mi, width, false);
+        for (int64_t m = i; m < i + mi; ++m) {
+          float* line = part + (m - i) * e.nr;
+          const int64_t first = gone.begin[m], at = m * call.N + j;
+          e.columns->spread(panel, width, gone.at.data() + first, gone.x.data() + first, gone.begin[m + 1] - first,
+                            line);
+          e.columns->mix(from + at, line, call.keep_scale, more.data() + j, bias ? bias + j : nullptr, n, y_bf16,
+                         y_data + at * (y_bf16 ? 2 : 4), z_bf16, keep ? z_data + at * (z_bf16 ? 2 : 4) : nullptr);
+        }
+      }
+    }
+  });
+}
+
+// dx at what dropout took away: g·W without the adapter, an element at a time
+void fill_dropped(const Call& call, const Source& g, const Tensor& dx) {
+  constexpr int64_t DEPTH = 192, GROUP = 8;  // rows of Wᵀ × panels of it: stays in the second-level cache
+  const Engine& e = call.wide;
+  const Dropped gone(call.mask, {}, call.M, call.K, false);
+  const bool bf16 = is_bf16(dx);
+  torch::stable::parallel_for(0, ceil_div(call.K, DEPTH), 1, [&](int64_t c0, int64_t c1) {
+    const int64_t stride = e.padded(DEPTH) * e.nr;
+    Scratch own(GROUP * (stride + e.nr) * 4);
+    float* panels = (float*)own.data();
+    float* line = panels + GROUP * stride;
+    for (int64_t c = c0; c < c1; ++c) {
+      const int64_t k0 = c * DEPTH, k = std::min(DEPTH, call.K - k0);
+      std::vector<int64_t> first(call.M), begin{0};
+      std::vector<int32_t> at;
+      for (int64_t m = 0; m < call.M; ++m) {
+        const auto row = gone.at.begin() + gone.begin[m], end = gone.at.begin() + gone.begin[m + 1];
+        for (auto it = std::lower_bound(row, end, int32_t(k0)); it != end && *it < k0 + k; ++it)
+          at.push_back(int32_t(*it - k0));
+        begin.push_back(int64_t(at.size()));
+      }
+      std::vector<float> dots(at.size());
+      for (int64_t q = 0; q < call.panels(); q += GROUP) {
+        const int64_t count = std::min(GROUP, call.panels() - q), j = q * e.nr, n = std::min(count * e.nr, call.N - j);
+        for (int64_t p = 0; p < count; ++p) call.panel(q + p, k0, k, true, panels + p * stride);
+        std::fill(line + n, line + count * e.nr, 0.0f);
+        for (int64_t m = 0; m < call.M; ++m) {
+          if (begin[m] == begin[m + 1]) continue;
+          e.rows(g, m, 1, j, n, line, n);
+          e.columns->collect(panels, stride, int(count), at.data() + begin[m], begin[m + 1] - begin[m], line,
+                             dots.data() + begin[m]);
+        }
+      }
+      for (int64_t m = 0; m < call.M; ++m)
+        for (int64_t i = begin[m]; i < begin[m + 1]; ++i)
+          e.finish(&dots[i], 1, 1, 1, m, k0 + at[i], {dx.mutable_data_ptr(), bf16, call.K, 1});
+    }
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> dora_rows(const Tensor& w, const Tensor& a, bool transposed) {
+  check_float(w, "W");
+  check_float(a, "A");
+  const int64_t N = w.size(transposed ? 1 : 0), K = w.size(transposed ? 0 : 1), r = a.size(0);
+  STD_TORCH_CHECK(w.dim() == 2 && a.dim() == 2 && a.size(1) == K,
+                  "given: shapes that do not fit\nneeded: W (N, K) or (K, N), A (r, K)\ndo: call peft_fast.ops.dora_norm");
+  const Engine& e = engine(false);  // A keeps its digits
+  const Tensor dense = w.stride(1) == 1 || w.size(1) <= 1 ? w : torch::stable::contiguous(w);
+  const Source rows = rows_of(dense);
+  const int64_t size = is_bf16(w) ? 2 : 4;
+  const char* data = (const char*)dense.const_data_ptr();
+  Tensor product = empty_like(w, {N, r}, ScalarType::Float), squares = empty_like(w, {N}, ScalarType::Double);
+  auto* out = (double*)squares.mutable_data_ptr();
+  if (!transposed) {
+    // W again while it is in a cache
+    constexpr int64_t BLOCK = 512 << 10;
+    const int64_t step = round_up(std::max<int64_t>(1, BLOCK / std::max<int64_t>(1, K * size)), e.mr);
+    torch::stable::parallel_for(0, ceil_div(N, step), 1, [&](int64_t b0, int64_t b1) {
+      for (int64_t n = b0 * step; n < std::min(N, b1 * step); ++n)
+        out[n] = e.columns->square(data + n * rows.row * size, rows.bf16, K);
+    });
+    gemm(e, N, {{{rows, K}}, {{r, {{turned(rows_of(a))}}, {}, target(product, r, 1)}}});
+    return {squares, product};
+  }
+  constexpr int64_t STRIPE = 1024, DEPTH = 64;
+  torch::stable::parallel_for(0, ceil_div(N, STRIPE), 1, [&](int64_t s0, int64_t s1) {
+    std::vector<float> sums(STRIPE);
+    for (int64_t s = s0; s < s1; ++s) {
+      const int64_t j = s * STRIPE, n = std::min(STRIPE, N - j);
+      std::fill(out + j, out + j + n, 0.0);
+      for (int64_t k0 = 0; k0 < K; k0 += DEPTH) {
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (int64_t k = k0; k < std::min(K, k0 + DEPTH); ++k)
+          e.columns->add_squares(data + (k * rows.row + j) * size, rows.bf16, n, sums.data());
+        for (int64_t i = 0; i < n; ++i) out[j + i] += sums[i];
+      }
+    }
+  });
+  gemm_tokens(e, K, {{rows, N, {{rows_of(a), r, target(product, 1, r)}}}});
+  return {squares, product};
+}
+
+std::tuple<Tensor, Tensor, Tensor> dora_linear(const Tensor& x_, const Tensor& w, const std::optional<Tensor>& bias,
+                                               const Tensor& a, const Tensor& b, const Tensor& c,
+                                               const std::optional<Tensor>& seed, double scaling, double p,
+                                               bool transposed, bool keep, const std::optional<Tensor>& packed) {
+  const Matrix x = matrix(x_, "x");
+  const Call call(x.source.bf16, x.rows, w, a, b, c, seed, scaling, p, transposed);
+  STD_TORCH_CHECK(x.cols == call.K, "given: x of another width\nneeded: x (..., K)\ndo: call peft_fast.ops.dora_linear");
+  Tensor h = empty_like(x_, {call.M, call.r}, ScalarType::Float), y = empty_like(x_, with_last(x_, call.N));
+  // engines that multiply in float32 keep what they would lose
+  const ScalarType kept = call.e.half ? x_.scalar_type() : ScalarType::Float;
+  Tensor z = empty_like(x_, {keep ? call.M : 0, call.N}, kept);
+  std::vector<float> wide_bias;
+  if (bias) wide_bias = widened(*bias, call.N);
+  const float* factors = (const float*)c.const_data_ptr();
+  const Tensor u = empty_like(x_, {call.drops() ? call.M : 0, call.N}, ScalarType::Float);
+  const Right right{turned(call.w), packed_data(packed, call.e, call.K, call.N)};
+  Columns columns{call.N, {right}, {{rows_of(h), turned(rows_of(b)), call.r}}, target(call.drops() ? u : y, call.N, 1)};
+  if (!call.drops()) {
+    columns.y.column_scale = factors;
+    columns.y.bias = bias ? wide_bias.data() : nullptr;
+    if (keep) columns.y.raw = z.mutable_data_ptr(), columns.y.raw_bf16 = is_bf16(z);
+  }
+  const Product skinny = shrink(call, x.source, a, h);
+  gemm(call.e, call.M, {{{x.source, call.K}}, {columns}}, &skinny);
+  if (call.drops()) {
+    std::vector<float> more(factors, factors + call.N);
+    for (float& v : more) v -= 1;
+    mix_dropped(call, x.source, u, h, b, bias ? wide_bias.data() : nullptr, more, p, y, z, keep);
+  }
+  return {y, h, z};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
+    const Tensor& g_, const Tensor& x_, const Tensor& w, const Tensor& a, const Tensor& b_c, const Tensor& c,
+    const Tensor& h, const Tensor& z, const std::optional<Tensor>& seed, double scaling, double p, bool transposed,
+    const std::vector<bool>& needs, bool wide_dx, const std::optional<Tensor>& packed) {
+  STD_TORCH_CHECK(needs.size() == 5, "given: needs of another length\nneeded: x, bias, A, B, m\n"
+                                     "do: call peft_fast.ops.dora_linear and let autograd run the backward");
+  const auto [dx_, dbias_, da_, db_, dm_] = std::tuple(bool(needs[0]), bool(needs[1]), bool(needs[2]), bool(needs[3]),
+                                                       bool(needs[4]));
+  const Matrix g = matrix(g_, "the output's gradient"), x = matrix(x_, "x");
+  const Call call(x.source.bf16, x.rows, w, a, b_c, c, seed, scaling, p, transposed);
+  const int64_t M = call.M, N = call.N, K = call.K, r = call.r;
+  STD_TORCH_CHECK(g.rows == M && g.cols == N && g.source.bf16 == x.source.bf16 && x.cols == K && h.size(0) == M &&
+                      h.size(1) == r && h.scalar_type() == ScalarType::Float && (!dm_ || z.numel() == M * N),
+                  "given: tensors that do not fit the forward\nneeded: g (..., N) of y, and the forward's own x, H and Z\n"
+                  "do: call peft_fast.ops.dora_linear and let autograd run the backward");
+  Tensor dx = empty_like(x_, dx_ ? std::vector<int64_t>(x_.sizes().begin(), x_.sizes().end()) : std::vector<int64_t>{0},
+                         wide_dx ? ScalarType::Float : x_.scalar_type());
+  Tensor da = empty_like(a, {da_ ? r : 0, K}), db = empty_like(b_c, {db_ ? N : 0, r});
+  Tensor dm = empty_like(x_, {dm_ ? N : 0}, ScalarType::Float), dbias = empty_like(x_, {dbias_ ? N : 0}, ScalarType::Float);
+  const auto* factors = (const float*)c.const_data_ptr();
+
+  // one pass over g: what of it goes through the base, and the sums over the tokens
+  std::vector<float> by(factors, factors + N);
+  if (call.drops())
+    for (float& v : by) v = 1 + (v - 1) * call.keep_scale;
+  const Tensor through = empty_like(x_, {dx_ ? M : 0, N});
+  const int64_t size = x.source.bf16 ? 2 : 4, z_size = dm_ && is_bf16(z) ? 2 : 4;
+  constexpr int64_t STRIPE = 512, DEPTH = 64;
+  if (dx_ || dm_ || dbias_)
+    torch::stable::parallel_for(0, ceil_div(N, STRIPE), 1, [&](int64_t s0, int64_t s1) {
+      std::vector<float> sums(2 * STRIPE);
+      std::vector<double> totals(2 * STRIPE);
+      for (int64_t s = s0; s < s1; ++s) {
+        const int64_t j = s * STRIPE, n = std::min(STRIPE, N - j);
+        std::fill(totals.begin(), totals.end(), 0.0);
+        for (int64_t m0 = 0; m0 < M; m0 += DEPTH) {
+          std::fill(sums.begin(), sums.end(), 0.0f);
+          for (int64_t m = m0; m < std::min(M, m0 + DEPTH); ++m)
+            call.wide.columns->scale((const char*)g.source.data + (m * g.source.row + j) * size, x.source.bf16,
+                                     dm_ ? (const char*)z.const_data_ptr() + (m * N + j) * z_size : nullptr,
+                                     z_size == 2, by.data() + j, n,
+                                     dx_ ? (char*)through.mutable_data_ptr() + (m * N + j) * size : nullptr,
+                                     dm_ ? sums.data() : nullptr, dbias_ ? sums.data() + STRIPE : nullptr);
+          for (int64_t i = 0; i < 2 * STRIPE; ++i) totals[i] += sums[i];
+        }
+        for (int64_t i = 0; i < n; ++i) {
+          if (dm_) ((float*)dm.mutable_data_ptr())[j + i] = float(totals[i]);
+          if (dbias_) ((float*)dbias.mutable_data_ptr())[j + i] = float(totals[STRIPE + i]);
+        }
+      }
+    });
+
+  Tensor d = empty_like(x_, {dx_ || da_ ? M : 0, r}, ScalarType::Float);
+  const float kept = call.drops() ? call.keep_scale : 1.0f;
+  const Product skinny{{{g.source, N}}, {{r, {{rows_of(b_c)}}, {}, to(d, r, 1, call.scaling * kept)}}};
+  if (dx_) {
+    const Source all{through.const_data_ptr(), is_bf16(through), N, 1};
+    const Right right{call.w, packed_data(packed, call.e, N, K)};
+    gemm(call.e, M, {{{all, N}}, {{K, {right}, {{rows_of(d), rows_of(a), r}}, target(dx, K, 1)}}}, &skinny);
+    if (call.drops()) fill_dropped(call, g.source, dx);
+  } else if (da_) {
+    gemm(call.e, M, skinny);
+  }
+  std::vector<Tokens> tokens;
+  if (db_) {
+    Tall tall{turned(rows_of(h)), r, target(db, 1, r)};
+    tall.y.column_scale = factors;
+    tokens.push_back({g.source, N, {tall}});
+  }
+  if (da_) {
+    const Source seen = call.drops() ? call.mask.over({}) : Source{};
+    tokens.push_back({x.source, K, {{turned(rows_of(d)), r, target(da, K, 1), seen}}});
+  }
+  gemm_tokens(call.e, M, tokens);
+  return {dx, da, db, dbias, dm};
+}
+
+}  // namespace peft_fast

@@ -1,0 +1,132 @@
+"""lora_experts by vendor GEMMs, expert by expert, each result rounded once: PEFT's W + s·B·A rounds no more than that.
+
+In bfloat16 that is one GEMM of [x | H] and [W | B], whose right side is one expert's and stays in the caches; else the
+base GEMM adds into what the adapter wrote, in float32 at least.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# a module, not its names: whoever imports it first imports this one halfway
+from peft_fast.backends.torch import lora_linear as vendor
+
+
+def forward(x, W, bias, A, B, routing, spec):
+    """x (S, K), or (T, K) if tokens, W, bias (E, N) | None, A (E, R, K), B (N, R·E) -> y (S, N), H (S, R)."""
+    with vendor.no_autocast(x.device.type):
+        low = low_dtype(x, A, spec)
+        y = x.new_empty(routing.order.shape[0], B.shape[0])
+        x, A, B = rows(x, routing, spec).to(low), A.to(low), by_expert(B.to(low), A.shape[0])
+        H = x.new_empty(x.shape[0], A.shape[1])
+        side = Side(W, low, not spec.transposed, A.shape[1])
+        for e, a, b in spans(routing):
+            shrink(x[a:b], A[e].t(), spec, H[a:b])
+            side.multiply(e, x[a:b], H[a:b], B[e].t(), y[a:b], None if bias is None else bias[e])
+    return y, H
+
+
+def backward(g, x, W, bias, A, B, H, routing, spec, needs):
+    """g (S, N) -> dx, dbias, dA, dB; None where ``needs`` (x, bias, A, B) says so."""
+    with vendor.no_autocast(x.device.type):
+        low, tokens = low_dtype(x, A, spec), x.shape[0]
+        dx = x.new_empty(g.shape[0], x.shape[1]) if needs[0] else None
+        dbias = torch.zeros_like(bias) if needs[1] else None
+        # experts without tokens have zeros
+        dA = A.new_zeros(A.shape) if needs[2] else None
+        dB = B.new_zeros(A.shape[0], B.shape[0], A.shape[1]) if needs[3] else None
+        xs = rows(x, routing, spec).to(low) if needs[2] else None
+        g, A, B = g.to(low), A.to(low), by_expert(B.to(low), A.shape[0])
+        D = g.new_empty(g.shape[0], A.shape[1])
+        side = Side(W, low, spec.transposed, A.shape[1])
+        for e, a, b in spans(routing):
+            ge, de = g[a:b], D[a:b]
+            if needs[0] or needs[2]:
+                shrink(ge, B[e], spec, de)
+            if needs[0]:
+                side.multiply(e, ge, de, A[e], dx[a:b])
+            if needs[1]:
+                dbias[e] = vendor.bias_gradient(ge, bias)
+            if needs[2]:
+                dA[e] = de.t() @ xs[a:b]
+            if needs[3]:
+                dB[e] = ge.t() @ H[a:b]
+        if needs[0] and spec.tokens:
+            dx = summed(dx, routing, tokens)
+    return dx, dbias, dA, None if dB is None else by_rank(dB)
+
+
+class Side:
+    """What the experts' rows are multiplied with: W[e], turned or not, and the other half of an adapter below it."""
+
+    def __init__(self, W, low, turned, rank):
+        self.W, self.low, self.turned = W, low, turned
+        self.wide = None
+        if low == torch.bfloat16:
+            rows, columns = W.shape[1:]
+            shape = (rows, columns + rank) if turned else (rows + rank, columns)
+            self.wide = torch.empty(shape, dtype=low, device=W.device)
+
+    def multiply(self, e, x, h, b, out, bias=None):
+        """x (m, K), h (m, R), b (R, N), bias (N,) -> out (m, N) = x·W[e] + h·b + bias."""
+        W, wide = self.W[e], self.wide
+        if wide is None:
+            W = W.to(self.low)
+            y = h @ b if bias is None else torch.addmm(bias.to(self.low), h, b)
+            out.copy_(y.addmm_(x, W.t() if self.turned else W))
+            return
+        if self.turned:
+            wide[:, : W.shape[1]], wide[:, W.shape[1] :] = W, b.t()
+            wide = wide.t()
+        else:
+            wide[: W.shape[0]], wide[W.shape[0] :] = W, b
+        left = torch.cat((x, h), 1)
+        torch.mm(left, wide, out=out) if bias is None else torch.addmm(bias, left, wide, out=out)
+
+
+def low_dtype(x, A, spec):
+    """The dtype of all products: float16 ends at 6e-8, so float32 stands for it."""
+    return x.dtype if x.dtype == torch.bfloat16 and not spec.exact else torch.promote_types(x.dtype, torch.float32)
+
+
+def by_expert(B, E):
+    """B (N, R·E), rank after rank, -> (E, N, R)."""
+    # as a transpose of two dimensions, for which torch has a kernel
+    return B.reshape(-1, E).t().contiguous().view(E, B.shape[0], -1)
+
+
+def by_rank(dB):
+    """dB (E, N, R) -> (N, R·E)."""
+    E, N, R = dB.shape
+    return dB.view(E, N * R).t().contiguous().view(N, R * E)
+
+
+def rows(x, routing, spec):
+    """x as the experts read it, (S, K)."""
+    return x.index_select(0, routing.order // routing.k) if spec.tokens else x
+
+
+def summed(dx, routing, tokens):
+    """dx (S, K) of the pairs -> (T, K), the sum over a token's, in float32 at least."""
+    return dx.index_select(0, routing.inverse).view(tokens, routing.k, dx.shape[1]).sum(1)
+
+
+def spans(routing):
+    """(expert, its first row, its last + 1) of those that have rows."""
+    a = 0
+    for e, n in enumerate(routing.counts.tolist()):
+        if n:
+            yield e, a, a + n
+        a += n
+
+
+def shrink(x, A, spec, out):
+    """x (m, K), A (K, R) -> out (m, R) = s·x·A."""
+    scale = spec.scalings[0]
+    if spec.scalings.count(scale) == len(spec.scalings):
+        # alpha scales the float32 accumulator: one rounding where a product and a multiplication would have two
+        torch.addmm(out, x, A, beta=0, alpha=scale, out=out)
+        return
+    parts = zip(A.split(spec.ranks, 1), out.split(spec.ranks, 1), spec.scalings, strict=True)
+    for a, o, s in parts:
+        o.copy_(vendor.mm(x, a, s))

@@ -1,0 +1,61 @@
+"""lora_linear for few tokens and no gradients, as when generating: W is read once, as it lies in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from peft_fast import dispatch, native, settings
+from peft_fast.backends import modules
+from peft_fast.ops import prepare
+from peft_fast.ops.checks import check, check_kinds
+from peft_fast.ops.lora_linear import lora_linear
+from peft_fast.ops.spec import Adapter
+
+MOST = 32  # tokens from which on a product with packed operands is as fast
+
+backends = modules("lora_decode")
+
+
+def lora_decode(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None = None,
+    adapters: Sequence[Adapter] = (),
+    *,
+    transposed: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """x (..., K), W (N, K) or (K, N) if ``transposed``, bias (N,) -> y (..., N) in x's dtype (autocast's, if on).
+
+    Adapters are multiplied in their own dtype, everything is summed in float32 and rounded once. Where the compiled
+    kernel does not run (other devices and dtypes, dropout, a gradient that is wanted) this is lora_linear, of which it
+    has the errors and the source.
+    """
+    check_kinds(x, W, bias, adapters)
+    dtype, _ = prepare.computed_dtype(x)
+    check(x, dtype, W, bias, adapters, transposed)
+    if x.device.type != "cpu" or backend not in (None, "cpu") or _differentiable(x, W, bias, adapters):
+        return lora_linear(x, W, bias, adapters, transposed=transposed, backend=backend)
+    adapters = prepare.number_scalings(adapters)
+    others = prepare.tensors_beside_W(adapters, bias)
+    name, *_ = dispatch.pick(x, dtype, W, others, backend=backend, op="lora_decode")
+    if name != "cpu" or any(a.p > 0 for a in adapters):
+        return lora_linear(x, W, bias, adapters, transposed=transposed, backend=backend)
+    prepare.count_call()
+    return backends[name].forward(x.to(dtype), W.to(dtype), bias, adapters, transposed)
+
+
+def kernel() -> Callable[..., Tensor] | None:
+    """The compiled operator, for who has looked at every tensor himself; None where dispatch would not pick it."""
+    live = settings.get().backend in ("auto", "cpu") and native.load()
+    return torch.ops.peft_fast.lora_decode.default if live else None
+
+
+def _differentiable(x: Tensor, W: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    tensors = [x, W, bias, *(t for a in adapters for t in (a.A, a.B, a.bias))]
+    return any(t is not None and t.requires_grad for t in tensors)
