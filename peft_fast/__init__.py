@@ -14,8 +14,7 @@ _WHERE = {
     "enable": "peft_fast.patch",
     "disable": "peft_fast.patch",
     "disabled": "peft_fast.patch",
-    "lora_linear": "peft_fast.ops",
-    "Adapter": "peft_fast.ops",
+    "merged": "peft_fast.patch",
     "train": "peft_fast.recipes.run",
 }
 __all__ = ["__version__", *_WHERE]

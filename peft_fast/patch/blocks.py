@@ -197,6 +197,8 @@ def _guard(stock: Callable) -> Callable:
             block = _started(self)
         if block is None or kwargs or len(args) != 1 or type(self).forward is not forward or plan.refuse_call((), {}):
             return stock(self, *args, **kwargs)
+        if _few(args[0]):
+            return stock(self, *args, **kwargs)
         found = plan_of(self, block)
         if type(found) is str or refuse_input(self, block, args[0], found):
             return stock(self, *args, **kwargs)
@@ -213,6 +215,11 @@ def _guard(stock: Callable) -> Callable:
 
     setattr(forward, tracing.STOCK, stock)
     return forward
+
+
+def _few(x: Tensor) -> bool:
+    """Is the input one that refuse_input() would refuse for its few tokens? Generating, nobody waits for the reason."""
+    return type(x) is Tensor and x.is_cpu and x.dim() > 0 and x.numel() < settings.get().min_tokens * x.shape[-1]
 
 
 def _patch(kind: type) -> None:

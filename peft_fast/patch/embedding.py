@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import textwrap
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from peft_fast import settings
 from peft_fast.ops import Adapter, lora_embedding
 from peft_fast.ops.checks import FLOATS, MAX_RANK
-from peft_fast.patch import ledger, plan
+from peft_fast.patch import dora, ledger, mixed, plan
 from peft_fast.patch.marks import wanted
 
 # class of embeddings -> _scaled_by it
@@ -34,6 +35,7 @@ class Plan(NamedTuple):
 def load() -> None:
     """Imports PEFT; must have run before the guard is called."""
     plan.load()
+    dora.load()
     functools.update_wrapper(forward, plan.stock_embedding)
 
 
@@ -41,19 +43,23 @@ def forward(self, x, *args, **kwargs):
     """x (...,) tokens -> y (..., D): the forward that accelerate() puts on PEFT's lora.Embedding."""
     if not wanted(self):
         return plan.stock_embedding(self, x, *args, **kwargs)
-    found = plan.refuse_call(args, kwargs) or plan_of(self)
-    reason = found if type(found) is str else refuse_input(x, found)
+    if kwargs and mixed.given(kwargs):
+        return mixed.embed(self, x, args, kwargs)
+    found = plan.refuse_call(args, kwargs) or dora.embedding_plan_of(self, plan_of) or plan_of(self)
+    reason = found if type(found) is str else refuse_input(x, found, few=type(found) is Plan)
     compiling = torch.compiler.is_compiling()
     if not compiling:
         ledger.count(self, reason or None)
     if reason:
         return plan.stock_embedding(self, x, *args, **kwargs)
+    if type(found) is dora.EmbeddingPlan:
+        return dora.run_embedding(x, found)
     W, adapters, padding_idx, scale = found
     return lora_embedding(x, W, adapters, padding_idx=padding_idx, scale=scale)
 
 
-def plan_of(layer: nn.Module) -> Plan | str:
-    """A PEFT embedding -> what lora_embedding needs to run it, or why PEFT keeps it."""
+def plan_of(layer: nn.Module, names: Sequence[str] | None = None, variant: type | None = None) -> Plan | str:
+    """A PEFT embedding -> what lora_embedding needs to run it, or why PEFT keeps it; ``names``: not the active ones."""
     if type(layer) is not plan.Embedding:
         return f"{type(layer).__name__} is not PEFT's plain lora.Embedding"
     if layer._disable_adapters:
@@ -80,10 +86,10 @@ def plan_of(layer: nn.Module) -> Plan | str:
     if type(scale) is str:
         return scale
     adapters = []
-    for name in layer.active_adapters:
+    for name in layer.active_adapters if names is None else names:
         if name not in layer.lora_embedding_A:
             continue
-        if name in layer.lora_variant:
+        if name in layer.lora_variant and type(layer.lora_variant[name]) is not variant:
             return f"{type(layer.lora_variant[name]).__name__} keeps PEFT's forward"
         A, B, scaling = layer.lora_embedding_A[name], layer.lora_embedding_B[name], layer.scaling[name]
         if not plan.plain(A) or not plan.plain(B):
@@ -97,18 +103,18 @@ def plan_of(layer: nn.Module) -> Plan | str:
         if not plan.number(scaling):
             return "the scaling is not a number or a 0-dimensional tensor without gradient"
         adapters.append(Adapter(A, B, scaling))
-    if not adapters:
+    if not adapters and names is None:
         return "no active adapter in this layer"
     return Plan(W, adapters, base.padding_idx, scale)
 
 
-def refuse_input(ids: Tensor, found: Plan) -> str:
-    """Why these tokens are PEFT's: PEFT would raise, or there are few of them."""
+def refuse_input(ids: Tensor, found: Plan, few: bool = True) -> str:
+    """Why these tokens are PEFT's: PEFT would raise, or there are few of them and ``few`` says that they count."""
     if type(ids) is not Tensor or ids.layout is not torch.strided or ids.dtype not in (torch.int32, torch.int64):
         return "the input is not a plain tensor of int32 or int64 tokens"
     if ids.device != found.W.device:
         return "input and base weight are on different devices"
-    if ids.device.type == "cpu" and ids.numel() < settings.get().min_tokens:
+    if few and ids.device.type == "cpu" and ids.numel() < settings.get().min_tokens:
         return "few tokens (PEFT_FAST_MIN_TOKENS): there is nothing to gain"
     return ""
 

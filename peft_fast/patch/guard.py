@@ -11,13 +11,14 @@ import torch
 
 from peft_fast import settings
 from peft_fast.ops import lora_linear
-from peft_fast.patch import groups, ledger, plan
+from peft_fast.patch import decode, dora, groups, ledger, mixed, plan
 from peft_fast.patch.marks import wanted
 
 
 def load() -> None:
     """Imports PEFT; must have run before the guard is called."""
     plan.load()
+    dora.load()
     functools.update_wrapper(forward, plan.stock_linear)
 
 
@@ -25,10 +26,16 @@ def forward(self, x, *args, **kwargs):
     """x (..., K) -> y (..., N): the forward that accelerate() puts on PEFT's lora.Linear."""
     if not wanted(self):
         return plan.stock_linear(self, x, *args, **kwargs)
+    if kwargs and mixed.given(kwargs):
+        return mixed.linear(self, x, args, kwargs)
     compiling = torch.compiler.is_compiling()
+    if not compiling and not args and not kwargs and (y := decode.run(self, x)) is not None:
+        return y
     # compiled code sees all layers at once: it needs nobody to remember what one of them computed for another
     grouped = not compiling and settings.get().groups
-    layer = plan.refuse_call(args, kwargs) or plan.plan_of(self)
+    layer = plan.refuse_call(args, kwargs) or dora.plan_of(self) or plan.plan_of(self)
+    if type(layer) is dora.Plan:
+        return dora.run(self, x, layer)
     if grouped and type(layer) is not str and (y := groups.take(self, x, layer)) is not None:
         ledger.count(self, None)
         return y

@@ -5,6 +5,8 @@ load() imports PEFT and must have run before anything else here is called.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -14,6 +16,7 @@ from peft_fast import settings
 from peft_fast.ops import Adapter, Sibling
 from peft_fast.ops.checks import FLOATS, MAX_RANK
 from peft_fast.ops.dropout import native_mask
+from peft_fast.patch import alike
 from peft_fast.patch.marks import state
 
 DEVICES = ("cpu", "cuda")
@@ -52,28 +55,44 @@ def refuse_call(args: tuple, kwargs: dict) -> str:
     return ""
 
 
-def plan_of(layer: nn.Module, bare: bool = False) -> Sibling | str:
-    """A PEFT layer -> what the ops need to run it, or why PEFT keeps it; ``bare``: also without an active adapter."""
+def plan_of(
+    layer: nn.Module, bare: bool = False, names: Sequence[str] | None = None, variant: type | None = None
+) -> Sibling | str:
+    """A PEFT layer -> what the ops need to run it, or why PEFT keeps it.
+
+    ``bare``: also without an adapter; ``names``: with these adapters, not the active ones; ``variant``: the one
+    kind of them that need not be vanilla.
+    """
     if type(layer) is not Linear:
         return f"{type(layer).__name__} is not PEFT's plain lora.Linear"
     if layer._disable_adapters:
         return "the adapters are disabled"
     if layer.merged_adapters:
         return "the adapter is merged into the base weight"
-    modules = layer._modules
-    plan = frozen(modules["base_layer"])
+    plan = frozen(layer._modules["base_layer"])
     if type(plan) is str:
         return plan
-    device = plan.W.device
-    adapters = []
+    adapters = adapters_of(layer, plan.W.device, names, variant)
+    if type(adapters) is str:
+        return adapters
+    if not adapters and not bare:
+        return "no active adapter in this layer"
+    return Sibling(plan.W, plan.bias, adapters, plan.transposed)
+
+
+def adapters_of(
+    layer: nn.Module, device: torch.device, names: Sequence[str] | None = None, variant: type | None = None
+) -> list[Adapter] | str:
+    """The active adapters of a PEFT linear layer, or those of ``names``, on any base, or why PEFT keeps them."""
+    modules, adapters = layer._modules, []
     loras_A, loras_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     dropouts = modules["lora_dropout"]._modules
-    for name in layer.active_adapters:
+    for name in layer.active_adapters if names is None else names:
         if name not in loras_A:
             continue
-        if name in layer.lora_variant:
+        if name in layer.lora_variant and type(layer.lora_variant[name]) is not variant:
             return f"{type(layer.lora_variant[name]).__name__} keeps PEFT's forward"
-        adapter = _adapter(loras_A[name], loras_B[name], dropouts[name], layer.scaling[name])
+        adapter = adapter_of(loras_A[name], loras_B[name], dropouts[name], layer.scaling[name])
         if type(adapter) is str:
             return adapter
         if adapter.A.device != device or adapter.B.device != device:
@@ -81,15 +100,13 @@ def plan_of(layer: nn.Module, bare: bool = False) -> Sibling | str:
         if adapters and adapter.A.dtype is not adapters[0].A.dtype:
             return "active adapters have different dtypes"
         adapters.append(adapter)
-    if not adapters and not bare:
-        return "no active adapter in this layer"
-    return Sibling(plan.W, plan.bias, adapters, plan.transposed)
+    return adapters
 
 
 def frozen(base: nn.Module) -> Sibling | str:
     """A linear layer by itself -> Sibling without adapters, or why it is left alone."""
     kind = type(base)
-    if kind is not nn.Linear and kind is not Conv1D:
+    if kind is not Conv1D and not alike.linear(kind):
         return f"the base layer is a {kind.__name__}, not nn.Linear or Conv1D"
     if hooked(base):
         return "hooks or a replaced forward on the base layer"
@@ -107,10 +124,10 @@ def frozen(base: nn.Module) -> Sibling | str:
     return Sibling(W, bias, (), kind is Conv1D)
 
 
-def _adapter(lora_A, lora_B, dropout, scaling) -> Adapter | str:
-    """One adapter's modules -> Adapter, or why PEFT keeps it."""
-    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
-        return "lora_A or lora_B is not a plain nn.Linear"
+def adapter_of(lora_A, lora_B, dropout, scaling, kind: type = nn.Linear) -> Adapter | str:
+    """One adapter's modules of class ``kind`` -> Adapter, or why PEFT keeps it."""
+    if type(lora_A) is not kind or type(lora_B) is not kind:
+        return f"lora_A or lora_B is not a plain nn.{kind.__name__}"
     if hooked(lora_A) or hooked(lora_B) or hooked(dropout):
         return "hooks or a replaced forward on lora_A, lora_B or lora_dropout"
     A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
@@ -139,8 +156,11 @@ def probability(dropout: nn.Module) -> float | str:
     return 0.0 if type(dropout) is nn.Identity else f"lora_dropout is a {type(dropout).__name__}, not nn.Dropout"
 
 
-def refuse_input(layer: nn.Module, x: Tensor, plan: Sibling) -> str:
-    """Why this input of a plannable layer is PEFT's: PEFT would raise, or mix dtypes in its own way."""
+def refuse_input(layer: nn.Module, x: Tensor, plan: Sibling, few: bool = True) -> str:
+    """Why this input of a plannable layer is PEFT's: PEFT would raise, or mix dtypes in its own way.
+
+    ``few``: few tokens are PEFT's too.
+    """
     W = plan.W
     if not plain(x) or x.is_nested or x.dim() == 0:
         return "the input is not a plain dense tensor"
@@ -150,7 +170,7 @@ def refuse_input(layer: nn.Module, x: Tensor, plan: Sibling) -> str:
         return "the input's last dimension does not fit the base weight"
     if plan.transposed and not x.is_contiguous():
         return "Conv1D views its input, which is not contiguous"
-    if x.device.type == "cpu" and x.shape[:-1].numel() < settings.get().min_tokens:
+    if few and x.device.type == "cpu" and x.shape[:-1].numel() < settings.get().min_tokens:
         return "few tokens (PEFT_FAST_MIN_TOKENS): reading the weight is all the time there is"
     if any(a.p > 0 for a in plan.adapters) and not native_mask(x.device):
         return "dropout, and no compiled kernel to draw its mask on this device"

@@ -9,7 +9,7 @@ from torch import nn
 
 from peft_fast import dispatch, settings
 from peft_fast.errors import UnsupportedError, fail
-from peft_fast.patch import blocks, embedding, groups, guard, ledger, plan
+from peft_fast.patch import blocks, conv, dora, embedding, experts, groups, guard, ledger, plan, quantized
 from peft_fast.patch.known import forward_known
 from peft_fast.patch.marks import state, wanted
 
@@ -31,6 +31,7 @@ class Report:
     not_blocks: dict[str, str] = dataclasses.field(default_factory=dict)  # module that may be a block -> why it is none
     group_calls: int = 0
     block_calls: int = 0
+    quantized: dict[str, str] = dataclasses.field(default_factory=dict)  # fast layer over a quantized base -> its kind
 
     def __str__(self) -> str:
         lines = []
@@ -38,6 +39,7 @@ class Report:
             lines.append(f"peft_fast: {len(self.fast)} of {layers} LoRA layers are fast")
         if self.groups or self.blocks:
             lines.append(f"  {len(self.groups)} groups of layers with one input, {len(self.blocks)} MLP blocks")
+        lines += _grouped("over a quantized base", self.quantized)
         lines += _grouped("layer by layer", self.not_blocks)
         lines += _grouped("with PEFT", self.slow) + _grouped("by torch's own GEMMs", self.plain)
         lines += [f"  {failure}" for failure in self.failures]
@@ -109,6 +111,7 @@ def report(model: nn.Module | None = None) -> Report:
     found = [tuple(names[m] for m in g.layers() if m in names) for g in groups.groups_of(names)]
     calls = ledger.total(model.modules())
     plain = {name: why_plain(layers[name]) for name, reason in reasons.items() if not reason}
+    bases = {name: quantized.kind_of(layers[name]) for name in plain}
     return Report(
         tuple(plain),
         {name: reason for name, reason in reasons.items() if reason},
@@ -122,17 +125,25 @@ def report(model: nn.Module | None = None) -> Report:
         not_blocks={name: reason for name, reason in mlps.items() if reason},
         group_calls=calls.groups,
         block_calls=calls.blocks,
+        quantized={name: kind for name, kind in bases.items() if kind},
     )
 
 
 def why_plain(layer: nn.Module) -> str:
     """Why no compiled kernel would run a fast layer on inputs of its base's dtype; empty where one does."""
-    if type(layer) is plan.Embedding:
+    if quantized.kind_of(layer):
+        return quantized.why_plain(layer)
+    if magnified := dora.found(layer, embedding.plan_of):
+        choice = dora.choice(magnified)
+    elif type(layer) is plan.Embedding:
         W, adapters, *_ = embedding.plan_of(layer)
         tensors = [t for a in adapters for t in (a.A, a.B)]
         choice = dispatch.pick(W, W.dtype, W, tensors, op="lora_embedding")
+    elif type(layer) is experts.ParamWrapper:
+        choice = experts.choice(experts.plan_of(layer))
     else:
-        W, bias, adapters, _ = plan.plan_of(layer)
+        found = conv.plan_of(layer).linear if type(layer) in conv.kinds else plan.plan_of(layer)
+        W, bias, adapters, _ = found
         others = [t for t in (bias, *[t for a in adapters for t in (a.A, a.bias)]) if t is not None]
         exact = settings.get().exact or dispatch.must_be_exact(W.dtype, [a.A for a in adapters])
         choice = dispatch.pick(W, W.dtype, W, others, exact)
@@ -148,11 +159,22 @@ def why_slow(layer: nn.Module) -> str:
         return "switched off for the whole process by peft_fast.disable()"
     if type(layer).forward is embedding.forward:
         plan_of = embedding.plan_of
+    elif type(layer).forward is quantized.forward:
+        plan_of = quantized.plan_of
+    elif type(layer).forward is conv.forward:
+        plan_of = conv.plan_of
+    elif type(layer).forward is experts.forward:
+        plan_of = experts.plan_of
     elif type(layer).forward is guard.forward:
         plan_of = plan.plan_of
-    elif (name := type(layer).__name__) == "Embedding" and not forward_known(name)[0]:
+    elif type(layer) in conv.kinds and not forward_known("_ConvNd")[0]:
+        return forward_known("_ConvNd")[1]
+    elif (name := type(layer).__name__) in ("Embedding", "ParamWrapper") and not forward_known(name)[0]:
         return forward_known(name)[1]
-    elif issubclass(type(layer), (plan.Linear, plan.Embedding)) and plan.Linear.forward is not guard.forward:
+    elif (
+        issubclass(type(layer), (plan.Linear, plan.Embedding, *conv.kinds, experts.ParamWrapper))
+        and plan.Linear.forward is not guard.forward
+    ):
         return "not asked for: call peft_fast.accelerate(model)"
     else:
         return f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__} has no fast path"
@@ -160,5 +182,5 @@ def why_slow(layer: nn.Module) -> str:
         return "not asked for: call peft_fast.accelerate(model)"
     if settings.get().disable:
         return "PEFT_FAST_DISABLE is set"
-    found = plan_of(layer)
+    found = dora.found(layer, embedding.plan_of) or plan_of(layer)
     return found if isinstance(found, str) else ""

@@ -19,9 +19,22 @@ from torch import nn
 
 from peft_fast import settings
 from peft_fast.errors import UnsupportedError, fail
-from peft_fast.patch import blocks, embedding, groups, guard, ledger, places, plan, steps
+from peft_fast.patch import (
+    alike,
+    blocks,
+    conv,
+    embedding,
+    experts,
+    groups,
+    guard,
+    ledger,
+    places,
+    plan,
+    quantized,
+    steps,
+)
 from peft_fast.patch.known import forward_known, require_peft
-from peft_fast.patch.marks import MARK, marked, state
+from peft_fast.patch.marks import MARK, innermost, marked, state
 from peft_fast.patch.summary import lora_layers, report
 
 _lock = threading.Lock()
@@ -46,10 +59,14 @@ def accelerate(model: nn.Module) -> nn.Module:
     if _known():
         _install()
         for module in model.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding, plan.Conv1D)):
-                module.__dict__[MARK] = True
+            if isinstance(module, (nn.Linear, nn.Embedding, plan.Conv1D, *conv.BASES)) or experts.adaptable(module):
+                innermost(module).__dict__[MARK] = True
+            if isinstance(module, nn.Linear):
+                alike.note(type(module))
             if isinstance(module, nn.Embedding):
                 embedding.note(type(module))
+        for layer in lora_layers(model).values():
+            innermost(layer).__dict__[MARK] = True  # bases of classes that are no nn.Linear
         places.walk(model)
     if not settings.get().quiet and _first_rank():
         print(report(model))
@@ -123,6 +140,11 @@ def _install() -> None:
     plan.Linear.forward = guard.forward
     if forward_known("Embedding")[0]:
         plan.Embedding.forward = embedding.forward
+    if forward_known("_ConvNd")[0]:
+        conv.ConvNd.forward = conv.forward
+    if forward_known("ParamWrapper")[0]:
+        experts.ParamWrapper.forward = experts.forward
+    quantized.install()
     blocks.install()
     steps.install()
     state.off = False
@@ -134,6 +156,11 @@ def _uninstall() -> None:
         plan.Linear.forward = plan.stock_linear
     if plan.Embedding is not None and plan.Embedding.forward is embedding.forward:
         plan.Embedding.forward = plan.stock_embedding
+    if conv.ConvNd is not None and conv.ConvNd.forward is conv.forward:
+        conv.ConvNd.forward = conv.stock
+    if experts.ParamWrapper is not None and experts.ParamWrapper.forward is experts.forward:
+        experts.ParamWrapper.forward = experts.stock
+    quantized.uninstall()
     blocks.uninstall()
     steps.uninstall()
 
@@ -141,7 +168,7 @@ def _uninstall() -> None:
 def _in_use() -> bool:
     """Is a marked layer alive anywhere? Copies are marked but registered nowhere: only the collector knows them."""
     gc.collect()
-    kinds = plan.Linear, plan.Embedding
+    kinds = plan.Linear, plan.Embedding, *conv.kinds, experts.ParamWrapper, *quantized.kinds()
     return any(issubclass(type(o), kinds) and marked(o) for o in gc.get_objects())
 
 

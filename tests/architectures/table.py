@@ -17,7 +17,8 @@ HEAD = """\
 
 Nothing here is a list of names that the package knows. `accelerate(model)` recognises, in any model:
 
-- **layers**: every `lora.Linear` of PEFT around an `nn.Linear` or a `Conv1D`, and every `lora.Embedding`;
+- **layers**: every `lora.Linear` of PEFT around an `nn.Linear` or a `Conv1D`, and every `lora.Embedding`. A subclass of
+  `nn.Linear` counts as one if its forward is the same by its source, as Falcon's is;
 - **groups**: layers of one module that are called with one and the same tensor, as q, k and v are. They are learned
   while the model runs: after the next optimizer step the first of them computes all of them in one operator.
   Every call is checked, so that a group that stops holding costs time and never a result, and is dissolved;
@@ -40,7 +41,6 @@ NOTES = """\
 - BERT, RoBERTa and DeBERTa split the MLP over two modules; OPT, BART, Marian, Whisper, ALBERT and the time-series
   transformer compute it in the layer's own forward: no module is the MLP and nothing else.
 - BLOOM's and MPT's MLP take the residual and add it themselves.
-- Falcon's layers are a subclass of `nn.Linear` with a forward of its own: they stay with PEFT.
 - Experts (Mixtral, Qwen3-MoE, DeepSeek-V3, gpt-oss) are three-dimensional parameters; where PEFT adapts those, it keeps
   its own forward.
 - GPT-J, Phi and Falcon call the MLP's first layer with the tensor that q, k and v get, and T5's decoder layers all get

@@ -218,19 +218,14 @@ DECODERS = (
         spoken,
         embeddings=("transformer.word_embeddings",),
     ),
-    # every linear layer is a FalconLinear, which has a forward of its own
+    # every linear layer is a FalconLinear, whose own forward is nn.Linear's in other words
     Architecture(
         "Falcon",
         "FalconForCausalLM",
         dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
         spoken,
+        blocks=("transformer.h.*.mlp: dense_4h_to_h(gelu(dense_h_to_4h))",),
         embeddings=("transformer.word_embeddings",),
-        slow=(
-            "transformer.h.*.self_attention.query_key_value",
-            "transformer.h.*.self_attention.dense",
-            "transformer.h.*.mlp.dense_h_to_4h",
-            "transformer.h.*.mlp.dense_4h_to_h",
-        ),
     ),
     # as BLOOM
     Architecture(

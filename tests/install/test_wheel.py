@@ -41,10 +41,11 @@ def test_the_extension_is_in_it_and_loads(installed):
 
 def test_an_operator_runs(installed):
     code = """
-import torch, peft_fast
+import torch
+from peft_fast import ops
 x, W = torch.ones(3, 8), torch.ones(4, 8)
-adapter = peft_fast.Adapter(torch.ones(2, 8), torch.ones(4, 2), 0.5)
-print(peft_fast.lora_linear(x, W, adapters=[adapter], backend="cpu")[0, 0].item())
+adapter = ops.Adapter(torch.ones(2, 8), torch.ones(4, 2), 0.5)
+print(ops.lora_linear(x, W, adapters=[adapter], backend="cpu")[0, 0].item())
 """
     assert python(code, installed) == "16.0"
 
@@ -108,10 +109,10 @@ def test_without_a_compiler_it_installs_and_says_why(checkout, tmp_path):
     assert not list(target.rglob("*.so"))
     assert "no-such-compiler does not run" in json.loads((target / "peft_fast/build_info.json").read_text())["reason"]
     code = """
-import torch, peft_fast
-from peft_fast import dispatch
-adapter = peft_fast.Adapter(torch.ones(2, 8), torch.ones(4, 2), 0.5)
-print(peft_fast.lora_linear(torch.ones(3, 8), torch.ones(4, 8), adapters=[adapter])[0, 0].item())
+import torch
+from peft_fast import dispatch, ops
+adapter = ops.Adapter(torch.ones(2, 8), torch.ones(4, 2), 0.5)
+print(ops.lora_linear(torch.ones(3, 8), torch.ones(4, 8), adapters=[adapter])[0, 0].item())
 print([live for name, live, why in dispatch.backends() if name in ("cpu", "cuda")])
 """
     assert python(code, target).splitlines() == ["16.0", "[False, False]"]

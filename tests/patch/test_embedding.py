@@ -10,7 +10,7 @@ from torch import nn
 import peft_fast
 from peft_fast import settings
 from peft_fast.patch import embedding, known, plan
-from tests.patch.toys import K, adapt, assert_same, both, stock
+from tests.patch.toys import K, adapt, assert_same, both
 
 V = 40
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 0, 0, 0, 39]])
@@ -157,7 +157,6 @@ NOT = {
         lambda: model_of(scale_grad_by_freq=True),
         "an embedding with max_norm, scale_grad_by_freq or sparse gradients",
     ),
-    "dora": (lambda: model_of(config={"use_dora": True}), "DoraEmbeddingVariant keeps PEFT's forward"),
     "hook": (lambda: _hook(model_of()), "hooks or a replaced forward on the base layer"),
     "tensor parallel": (lambda: _set(model_of(), _hf_tp_plan="embedding_rowwise"), "the layer is tensor parallel"),
     "merged": (lambda: _merged(model_of()), "the adapter is merged into the base weight"),
@@ -205,14 +204,6 @@ def test_switches_and_counts():
     assert_gathered(model)
     peft_fast.disable()
     assert plan.Embedding.forward is plan.stock_embedding
-
-
-def test_mixed_adapters_in_a_batch():
-    model = model_of().eval()
-    model.add_adapter("other", LoraConfig(r=2, target_modules=["embed"], init_lora_weights=False))
-    with stock():
-        expected = model(TOKENS, adapter_names=["default", "other"])
-    assert torch.equal(model(TOKENS, adapter_names=["default", "other"]), expected)
 
 
 def test_an_unknown_forward_of_embeddings_leaves_linear_layers_fast(monkeypatch):

@@ -11,11 +11,23 @@ from torch.nn.utils import parametrize
 
 import peft_fast
 from peft_fast.patch import plan
-from tests.patch.toys import K, Toy, assert_fast, assert_handed_back, both, conv1d, inputs, layers, stock, toy
+from tests.patch.toys import (
+    K,
+    Toy,
+    assert_fast,
+    assert_handed_back,
+    assert_same,
+    both,
+    conv1d,
+    inputs,
+    layers,
+    stock,
+    toy,
+)
 
 
 class OwnLinear(nn.Linear):
-    """A base with a forward of its own, as Falcon's."""
+    """A base with a forward of its own."""
 
     def forward(self, x):
         return super().forward(x) * 2
@@ -59,14 +71,6 @@ def test_disabled_while_merged_unmerges_as_stock_does():
     assert not layers(model)[0].merged
 
 
-def test_adapter_names():
-    model = toy()
-    model.add_adapter("other", LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False))
-    model.eval()
-    names = ["default", "other", "__base__", "default"]
-    refuse(model, inputs(4, K), adapter_names=names, reason="adapter_names was given")
-
-
 def test_arguments_for_the_base_layer():
     model = toy(targets=("up",))
     lora = layers(model)[0]
@@ -78,12 +82,10 @@ def test_arguments_for_the_base_layer():
 @pytest.mark.parametrize(
     "config, reason",
     [
-        ({"use_dora": True}, "DoraLinearVariant keeps PEFT's forward"),
         ({"alora_invocation_tokens": [1]}, "ALoraLinearVariant keeps PEFT's forward"),
-        ({"use_dora": True, "lora_dropout": 0.2}, "DoraLinearVariant keeps PEFT's forward"),
         ({"init_lora_weights": "mica"}, "MiCALinearVariant keeps PEFT's forward"),
     ],
-    ids=["dora", "alora", "dora with dropout", "mica"],
+    ids=["alora", "mica"],
 )
 def test_variants(config, reason):
     refuse(toy(**config), reason=reason)
@@ -233,13 +235,16 @@ def test_subclass_of_pefts_linear():
 
 def test_other_lora_layers_are_named_in_the_report():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(9, K), nn.Conv1d(3, 3, 1), nn.Linear(K, K))
+    model = nn.Sequential(nn.Embedding(9, K), nn.Conv1d(3, 3, 3, padding=1), nn.Linear(K, K))
     config = LoraConfig(target_modules=["0", "1", "2"], init_lora_weights=False)
     model = peft_fast.accelerate(get_peft_model(model, config))
     report = peft_fast.report(model)
     assert report.fast == ("base_model.model.0", "base_model.model.2")
-    assert set(report.slow.values()) == {"layer.Conv1d has no fast path"}
-    assert_fast(model, torch.tensor([[1, 2, 3]]), calls=2)
+    reason = "a convolution whose kernel is not of size 1, or with groups"
+    assert set(report.slow.values()) == {reason}
+    expected, got, fast, handed_back = both(model, torch.tensor([[1, 2, 3]]))
+    assert (fast, handed_back) == (2, {reason: 1})
+    assert_same(expected, got, 1e-5)
 
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

@@ -1,0 +1,179 @@
+"""What a quantized base layer is to lora_quantized: a weight that its library would make dense for the same product.
+
+Who has none here (another activation path, a state that is not understood) is called as it is, adapters are added.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_fast.ops.nf4 import Nested, Packed
+from peft_fast.patch import plan
+
+
+class Rows(NamedTuple):
+    """int8 with a scale a row."""
+
+    values: Tensor  # (N, K) int8
+    scale: Tensor  # (N, 1) or (1, 1) float32
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, K)."""
+        return self.values.shape
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W (N, K): an int8 is exact in every float, so this rounds once."""
+        return self.values.to(dtype).mul_(self.scale)
+
+
+class Called(NamedTuple):
+    """A weight that its library makes dense."""
+
+    shape: tuple[int, int]
+    make: Callable[[], Tensor]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W (N, K) in ``dtype``, computed in the library's."""
+        return self.make().to(dtype)
+
+
+class Base(NamedTuple):
+    """A base layer: how to multiply by it, if that is known, else only what it is."""
+
+    kind: str
+    W: Any = None  # lora_quantized's weight; None: call the layer
+    bias: Tensor | None = None
+    computes: torch.dtype | None = None  # what it multiplies in outside autocast; None: in x's dtype
+    widens: bool = False  # its result has x's dtype even under autocast
+    key: tuple = ()  # what its library decides by
+
+
+def base_of(base: nn.Module) -> Base:
+    """The base layer of a LoRA layer that PEFT makes for a quantized one."""
+    for library, read in _READERS.items():
+        if library in sys.modules and (found := read(base)) is not None:
+            return found if found.W is None or not plan.hooked(base) else Base(found.kind)
+    return Base(type(base).__name__)
+
+
+def _bitsandbytes(base):
+    nn4, nn8 = sys.modules["bitsandbytes"].nn.Linear4bit, sys.modules["bitsandbytes"].nn.Linear8bitLt
+    if isinstance(base, nn4):
+        return _four_bits(base, nn4)
+    return _eight_bits(base, nn8) if isinstance(base, nn8) else None
+
+
+def _four_bits(base, kind):
+    W, bias = base.weight, base.bias
+    state = getattr(W, "quant_state", None)
+    name = f"bitsandbytes {getattr(W, 'quant_type', '4-bit')}"
+    # before its first call the layer has not chosen what it computes in; packed for inference it is bitsandbytes' own
+    ready = base.compute_type_is_set and state is not None and not getattr(state, "packing_format_for_cpu", False)
+    if not ready or type(base).forward is not kind.forward or len(state.shape) != 2:
+        return Base(name)
+    nested = None
+    if state.nested:
+        inner = state.state2
+        nested = Nested(inner.code, inner.absmax, state.offset, inner.blocksize)
+        name += ", double quant"
+    data = W.detach().as_subclass(Tensor)
+    packed = Packed(data, state.absmax, state.code, state.blocksize, tuple(state.shape), nested)
+    scales = state.absmax if nested is None else nested.absmax
+    if scales.dtype is not torch.float32 or state.code.dtype is not torch.float32 or not data.is_contiguous():
+        return Base(name)
+    # bitsandbytes casts a bias of another dtype at its next call
+    if bias is not None and base.compute_dtype is not None and bias.dtype is not base.compute_dtype:
+        return Base(name)
+    return Base(name, packed, bias, base.compute_dtype, True, (state.quant_type, state.blocksize, state.nested))
+
+
+def _eight_bits(base, kind):
+    state, name = base.state, "bitsandbytes int8"
+    # on the CPU it trains with the dense weight; elsewhere, and in evaluation, x is quantized too
+    known = type(base).forward is kind.forward and base.training and base.weight.device.type == "cpu"
+    if not known or state.has_fp16_weights or base.weight.CB is not None or state.CB is None or state.SCB is None:
+        return Base(name)
+    return Base(name, Rows(state.CB, state.SCB.view(-1, 1) * (1 / 127)), base.bias, key=(state.threshold > 0,))
+
+
+def _torchao(base):
+    W = base._parameters.get("weight") if type(base) is nn.Linear else None
+    kind = type(W)
+    if W is None or not kind.__module__.startswith("torchao."):
+        return None
+    name = f"torchao {kind.__name__}"
+    if W.requires_grad or W.dim() != 2:
+        return Base(name)
+    N, K = W.shape
+    if kind.__name__ == "IntxUnpackedToInt8Tensor" and W.activation_quantization is None:
+        return Base(name, Called((N, K), W.dequantize), base.bias, None, True, (W.target_dtype, W.dtype))
+    if kind.__name__ != "Int8Tensor" or W.act_quant_kwargs is not None or W.act_pre_scale is not None:
+        return Base(name)
+    rows = W.block_size[-1] == K and W.scale.numel() in (1, N) and W.scale.dtype is torch.float32
+    packed = Rows(W.qdata, W.scale.view(-1, 1)) if rows else Called((N, K), W.dequantize)
+    return Base(name, packed, base.bias, None, True, (rows, W.scale.numel() == 1, W.dtype))
+
+
+def _hqq(base):
+    kind = sys.modules["hqq.core.quantize"].HQQLinear
+    if not isinstance(base, kind):
+        return None
+    name = "HQQ"
+    if not base.ready or type(base) is not kind or kind.forward is not kind.forward_pytorch_backprop:
+        return Base(name)
+    name += f" {base.meta['nbits']}-bit"
+    packed = Called(tuple(base.meta["shape"]), base.dequantize)
+    return Base(name, packed, base.bias, base.compute_dtype, False, (base.meta["nbits"], base.meta["axis"]))
+
+
+_READERS = {"bitsandbytes": _bitsandbytes, "hqq.core.quantize": _hqq, "torchao": _torchao}
+
+# what was tried once: layers of one key multiply alike
+_trusted: dict[tuple, bool] = {}
+
+
+def trusted(base: nn.Module, found: Base, dtype: torch.dtype) -> bool:
+    """Does the library's layer give, and differentiate, the product with found.W? Tried on two rows, once a kind.
+
+    Once a shape, too: on the CPU bitsandbytes reads blocks that reach over the end of a row differently.
+    """
+    key = type(base), type(found.W), found.kind, found.key, tuple(found.W.shape), found.bias is None, dtype
+    key = *key, base.training, device_of(base)
+    if key not in _trusted:
+        _trusted[key] = _agrees(base, found, dtype)
+    return _trusted[key]
+
+
+def device_of(base: nn.Module) -> torch.device | None:
+    """Where a base layer's weight is."""
+    weight = base.W_q if hasattr(base, "W_q") else getattr(base, "weight", None)
+    return None if weight is None else weight.device
+
+
+def _agrees(base, found, dtype):
+    device_type = device_of(base).type
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
+            W = found.W.dense(dtype)
+            N, K = W.shape
+            # no random numbers: the user's generators are not ours to move
+            x = torch.linspace(-1, 1, 2 * K, device=W.device).sin().view(2, K).to(dtype).requires_grad_()
+            y = base(x)
+            g = torch.linspace(1, -1, 2 * N, device=W.device).cos().view(2, N).to(y.dtype)
+            (dx,) = torch.autograd.grad(y, x, g)
+            bias = None if found.bias is None else found.bias.float()
+            return _close(y, F.linear(x.float(), W.float(), bias), dtype) and _close(dx, g.float() @ W.float(), dtype)
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError):
+        return False
+
+
+def _close(a, b, dtype):
+    error = (a.detach().float() - b.detach()).square().mean().sqrt()
+    return bool(error <= 16 * torch.finfo(dtype).eps * b.detach().square().mean().sqrt() + 1e-30)
