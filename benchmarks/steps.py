@@ -85,7 +85,7 @@ def steps(out: Path, stem: str, dry_run: bool) -> list[Step]:
         _sanitizer("memcheck", dry_run, interpreted),
         _sanitizer("racecheck", dry_run, interpreted),
         _tune(out / f"{stem}-tune.json", interpreted, dry_run),
-        Step("lora_linear", [*results("lora_linear", "lora_linear"), *few], extra=interpreted),
+        Step("lora_linear", [*results("lora_linear", "lora_linear"), *few, *once], extra=interpreted),
         *(Step(op, [*results(op, op), *few, *once], extra=interpreted) for op in OPS),
         Step(
             "peers",

@@ -19,10 +19,14 @@ BENCHES = {
     "lora_group": "layers with one input, q/k/v and gate/up, as one op and one by one",
     "lora_mlp": "an MLP block as one op and layer by layer",
     "lora_embedding": "an adapted embedding",
+    "lora_mixed": "a batch of 16 adapters, its layers and generation, inference",
+    "lora_experts": "the adapted experts of a mixture, both products and their gate",
     "train_step": "a whole fine-tuning step of BERT-, GPT-2- and Llama-like models",
     "smollm2": "a real fine-tuning of SmolLM2-135M: perplexity, tokens a second, memory",
+    "generate": "generation with adapters on: merged, stock PEFT and peft_fast, one sequence on the CPU",
     "methods": "head, LoRA, DoRA, gradual and full fine-tuning of one model: accuracy, minutes, memory",
-    "table": "write README's tables, and that of which-method.md, from benchmarks/results/*.json",
+    "pages": "the first command of each task's page of the docs: what it learns, minutes, memory",
+    "table": "write the tables of README and of the docs' pages from benchmarks/results/*.json",
 }
 SCALES = {"quick": "about a minute, wider intervals", "tiny": "toy sizes: proves the path only"}
 
@@ -94,6 +98,13 @@ def _bench(given: argparse.Namespace, prog_name: str) -> int:
     for path in (given.json, given.plot):
         if path and path.is_dir():
             fail(SettingsError, f"{path.name}, a folder", "the name of a file to write", "add a file name")
+    if given.plot and given.name == "pages":
+        fail(
+            SettingsError,
+            "--plot for pages",
+            "a benchmark that compares",
+            "leave it out; each run has a report",
+        )
     # rows have their real size, but the gate checks layers on few tokens: those must run what is timed
     with settings.override(min_tokens=0):
         if hasattr(bench, "run"):

@@ -1,0 +1,180 @@
+"""A language model that generates with adapters on, one sequence at a time: merged, stock PEFT, and peft_fast.
+
+Merged is what the adapters may cost nothing beside: PEFT's merge_and_unload, plain nn.Linear layers. All three are
+copies of one model, and generate the same number of tokens greedily from the same words.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from peft_fast import settings
+from peft_fast.errors import DeviceError, fail
+
+from . import machine
+from .blocks import RANK
+from .criterion import Verdict, check
+from .gate import adapter, path, weights
+from .harness import Case, Options, Provider
+from .lora_linear import DTYPES
+from .train_step import NETWORK_SLACK
+
+SMOLLM2 = "smollm2-135m"
+PROMPT = 16  # tokens
+NEW = {"full": 64, "quick": 16, "tiny": 2}
+
+
+@dataclass(frozen=True)
+class Llama:
+    """A random Llama with as many heads as 64 elements each allow, a quarter of them for k and v."""
+
+    hidden: int
+    inner: int
+    layers: int
+    vocabulary: int = 32000
+
+
+LLAMAS = {"llama-1024": Llama(1024, 2816, 12), "llama-2048": Llama(2048, 5632, 8)}
+TINY = Llama(128, 192, 2, 64)
+
+
+def names(device: str) -> tuple[str, ...]:
+    """What --model takes on this device."""
+    return (SMOLLM2, *LLAMAS)
+
+
+def cases(options: Options) -> list[Case]:
+    """One row for each model and dtype."""
+    if options.device != "cpu":
+        fail(
+            DeviceError, f"--device {options.device}", "cpu, where few tokens have a path of their own", "leave it out"
+        )
+    dtypes = options.dtypes or (("bf16", "fp32") if options.scale == "full" else ("bf16",))
+    models = options.models or ((SMOLLM2, *LLAMAS) if options.scale == "full" else tuple(LLAMAS)[:1])
+    new, rows = NEW[options.scale], []
+    for name, dtype, threads in itertools.product(models, dtypes, options.threads or (machine.cores(),)):
+        title = f"{name} {new} tokens r={RANK} {dtype} threads={threads}"
+        facts = {"model": name, "tokens": new, "prompt": PROMPT, "r": RANK, "dtype": dtype, "p": 0.0}
+        make = partial(providers, name, DTYPES[dtype], new, options.scale == "tiny")
+        rows.append(Case(title, facts, make, threads, seconds=90.0, baseline="merged"))
+    return rows
+
+
+def providers(name: str, dtype: torch.dtype, new: int, tiny: bool) -> list[Provider]:
+    """merged, stock and peft_fast; the last also with adapters in the model's own dtype."""
+    import peft_fast
+
+    torch.manual_seed(0)
+    net = network(name, tiny).to(dtype).eval()
+    ids = torch.randint(1, net.config.vocab_size, (1, PROMPT))
+    stock = adapted(net)
+    ours = copy.deepcopy(stock)
+    with settings.override(quiet=True):
+        peft_fast.accelerate(ours)
+    rows = [
+        _provider("merged", copy.deepcopy(stock).merge_and_unload(), ids, new),
+        _provider("stock", stock, ids, new),
+        _provider("peft_fast", ours, ids, new, partial(verdicts, ours, stock, ids, new)),
+    ]
+    if dtype != torch.float32:
+        same = adapted(net, fp32=False)
+        with settings.override(quiet=True):
+            peft_fast.accelerate(same)
+        rows.append(_provider(f"peft_fast {_short(dtype)}", same, ids, new))
+    return rows
+
+
+def network(name: str, tiny: bool) -> nn.Module:
+    """The model in float32, pretrained where that is what it is."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    if name == SMOLLM2 and not tiny:
+        from peft_fast.recipes import examples
+
+        return AutoModelForCausalLM.from_pretrained(examples.path("example:smollm2", say=print), dtype=torch.float32)
+    m = TINY if tiny else LLAMAS[name]
+    heads = m.hidden // 64
+    config = LlamaConfig(
+        vocab_size=m.vocabulary, hidden_size=m.hidden, intermediate_size=m.inner, num_hidden_layers=m.layers,
+        num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def adapted(net: nn.Module, fp32: bool = True) -> nn.Module:
+    """A copy with adapters on every linear layer but the head, whose B is not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", lora_dropout=0.05)
+    model = get_peft_model(copy.deepcopy(net), config, autocast_adapter_dtype=fp32).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def generated(model: nn.Module, ids: Tensor, new: int) -> Tensor:
+    """The ids and ``new`` more, greedily."""
+    with torch.no_grad(), settings.override(min_tokens=settings.Settings().min_tokens):
+        return model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            pad_token_id=0,
+        )  # fmt: skip
+
+
+def verdicts(ours: nn.Module, stock: nn.Module, ids: Tensor, new: int) -> dict[str, Verdict]:
+    """Every kind of layer by the criterion; the logits, and in float32 the very tokens, against stock PEFT's."""
+    from peft_fast.ops import fast_calls
+
+    dtype = next(stock.parameters()).dtype
+    # settings as users have them: the command counts every call as large enough
+    with torch.no_grad(), settings.override(min_tokens=settings.Settings().min_tokens):
+        found = _layer_verdicts(ours, stock, dtype)
+        before = fast_calls()
+        y, expected = (model(input_ids=ids).logits for model in (ours, stock))
+        found["path"] = path(True, fast_calls() - before == len(_lora(ours)))
+        truth = copy.deepcopy(stock).double()(input_ids=ids).logits
+    e, e0 = ((out.double() - truth).norm().item() / truth.norm().item() for out in (y, expected))
+    allowed = NETWORK_SLACK * e0 + torch.finfo(dtype).eps / 4
+    reason = f"error {e:.2e} is above {allowed:.2e} (stock {e0:.2e})"
+    found["logits"] = Verdict(e <= allowed, reason, rms=e, rms_stock=e0, rms_allowed=allowed)
+    if dtype == torch.float32:
+        same = torch.equal(generated(ours, ids, new), generated(stock, ids, new))
+        found["tokens"] = Verdict(same, "other tokens than stock PEFT's")
+    return found
+
+
+def _layer_verdicts(ours: nn.Module, stock: nn.Module, dtype: torch.dtype) -> dict[str, Verdict]:
+    """Each distinct (K, N) among the adapted layers, on as many tokens as the prompt has."""
+    found = {}
+    for fast, slow in zip(_lora(ours), _lora(stock), strict=True):
+        A, B = adapter(slow)
+        K, N = A.shape[1], B.shape[0]
+        if (name := f"{K}→{N}") not in found:
+            x = torch.randn(PROMPT, K, generator=torch.Generator().manual_seed(K + N)).to(dtype)
+            W = weights(slow, torch.float64)
+            truth = x.double() @ W.W.double().T + W.scaling * (x.double() @ W.A.T @ W.B.T)
+            truth = truth if W.bias is None else truth + W.bias.double()
+            found[name] = check(fast(x), slow(x), truth, dtype=dtype)
+    return found
+
+
+def _lora(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if getattr(module, "lora_A", None)]
+
+
+def _provider(name: str, model: nn.Module, ids: Tensor, new: int, gate: Callable | None = None) -> Provider:
+    kept = [*model.parameters(), *model.buffers()]
+    return Provider(name, {"generate": lambda: generated(model, ids, new)}, kept, gate)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known is dtype)
