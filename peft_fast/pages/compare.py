@@ -85,7 +85,7 @@ def rows(results: Sequence[Result], asked: str | None = None) -> tuple[list[str]
                 words.metric(name, value) + star,
                 split(result, name),
                 words.seconds(flow.get("train_seconds", result.get("seconds"))),
-                words.size(memory.get("peak_bytes")),
+                words.size(words.beyond(memory)),
                 words.count((result.get("model") or {}).get("trainable")),
                 words.speed(result),
             ]

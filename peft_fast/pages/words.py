@@ -53,6 +53,12 @@ def size(value: float | None) -> str:
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
 
 
+def beyond(memory: dict[str, Any]) -> int | None:
+    """Of a result's memory the peak beyond what the process held before the model was there."""
+    peak = memory.get("peak_bytes")
+    return None if peak is None else max(0, peak - (memory.get("before_bytes") or 0))
+
+
 def count(value: float | None) -> str:
     """22.7 M, 14.3 k, 812."""
     if value is None:

@@ -89,9 +89,10 @@ def clean(folder: str | Path) -> list[str]:
 def best_of(path: Path) -> Path | None:
     """The folder of the best checkpoint as one of its neighbours knows it; a run's folder may have been moved."""
     with contextlib.suppress(OSError, ValueError):
-        step = json.loads((path / "trainer_state.json").read_text()).get("best_global_step")
-        if step is not None:
-            return path.parent / f"checkpoint-{step}"
+        state = json.loads((path / "trainer_state.json").read_text())
+        # null: the best is known by its value alone, since nothing was saved at its step
+        if state.get("best_model_checkpoint"):
+            return path.parent / f"checkpoint-{state.get('best_global_step')}"
     return None
 
 

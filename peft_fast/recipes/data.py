@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -301,6 +302,18 @@ def keys(parts: Sequence[Dataset], wanted: Sequence[Column]) -> list[list[Any]]:
         for one, cells in zip(found, made, strict=True):
             one.append(cells)
     return [list(zip(*cells, strict=True)) for cells in found]
+
+
+def fingerprint(splits: Splits, task: Task) -> dict[str, list[Any]]:
+    """Of each split how many rows it has, and a digest of them."""
+    wanted = [c for c in task.columns if all(c.role in rows.column_names for rows in splits.values())]
+    found: dict[str, list[Any]] = {}
+    for name, made in zip(splits, keys(list(splits.values()), wanted), strict=True):
+        digest = hashlib.sha256()
+        for row in made:
+            digest.update(repr(row).encode("utf-8", "backslashreplace"))
+        found[name] = [len(made), digest.hexdigest()]
+    return found
 
 
 # ---- which rows are used

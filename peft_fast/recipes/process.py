@@ -85,16 +85,19 @@ def as_it_was(config: Config) -> Iterator[None]:
 
 
 class Memory:
-    """Bytes before training and at its highest."""
+    """Bytes before the model was there (then it is made) and at the highest of training (from `begin` on)."""
 
     def __init__(self, device: Any) -> None:
+        self.device, self.before = device, memory(device)
+
+    def begin(self) -> None:
+        """Forgets the peak so far: loading has one of its own."""
         import torch
 
         from peft_fast.demo.measure import reset_peak_resident
 
-        self.device, self.before = device, memory(device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         else:
             reset_peak_resident()
 

@@ -233,13 +233,15 @@ class Record:
 
 
 def _in_force(config: Config, name: str) -> str:
-    """An option's value as a message says it; where the default is found out later, with what that is."""
+    """An option's value as a message says it; where that is found out later, with what it means."""
     from peft_fast.recipes import tasks
 
     computed = {"learning_rate": config.rate, "head_learning_rate": config.head_rate}
     computed["metric"] = config.metric or tasks.get(config.task).metric
     value, field = computed.get(name, getattr(config, name)), Config.model_fields[name]
-    meaning = re.search(r"(?:\b0|default): (.+)", field.description) if value == field.default else None
+    # what a description says of a value: of 0, or of none that was given
+    said = "default" if value is None else r"\b0" if value == 0 and not isinstance(value, bool) else None
+    meaning = re.search(rf"{said}: (.+)", field.description) if said else None
     return f"{value!r} ({meaning[1]})" if meaning else repr(value)
 
 

@@ -45,6 +45,7 @@ class Prepared:
     device: Any
     precision: dict[str, Any]  # what TrainingArguments needs for the dtype
     loaded: bool = True  # False: the weights are on no device, for a forecast only
+    memory: Memory | None = None  # since before the model was there
 
     @property
     def rows(self) -> dict[str, int]:
@@ -162,7 +163,7 @@ def prepare(config: Config, say: Say = lambda text: None, forecast_only: bool = 
         say(f"note: {note}")
     # rows may have drawn; adapters and heads begin with the same numbers whatever the rows are
     set_seed(config.seed)
-    loaded = True
+    loaded, watch = True, Memory(device)
     if forecast_only:
         from peft_fast.recipes import forecast
 
@@ -188,7 +189,7 @@ def prepare(config: Config, say: Say = lambda text: None, forecast_only: bool = 
         say(f"note: {note}")
     an_epoch = steps_per_epoch(config, len(features["train"]))
     optimizer.warmup_steps(config, config.steps or math.ceil(config.epochs * an_epoch))
-    return Prepared(config, task, splits, list(notes), model, features, device, precision, loaded)
+    return Prepared(config, task, splits, list(notes), model, features, device, precision, loaded, watch)
 
 
 def _rows_line(splits: Any) -> str:
@@ -266,11 +267,11 @@ def _train(prepared: Prepared, record: records.Record, screen: Any, callbacks: S
     elif config.resume:
         screen.say(f"no checkpoint in {folder} yet: starting from the beginning")
         record.back_to(-1)
-    watch = Memory(prepared.device)
+    prepared.memory.begin()
     ending = results.Ending()
 
     def result() -> None:
-        made = results.build(prepared, learner, ending, began, forecast, watch.end())
+        made = results.build(prepared, learner, ending, began, forecast, prepared.memory.end())
         records.write_json(folder / records.RESULT, made)
 
     try:

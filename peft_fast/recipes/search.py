@@ -68,14 +68,15 @@ def search(
     if metric not in task.judged_by:
         fail(SettingsError, f"metric: {metric}", f"one of {', '.join(sorted(task.judged_by))}", "pass one of these")
     folder = config.out.expanduser()
-    with _held(folder, config) as resumed, _quiet():
-        found = _study(Path(study) if study else folder / "study.db", config, tried, task.judged_by[metric], prune)
+    with _held(folder, config) as resumed, _quiet(), data.kept():
+        rows = data.fingerprint(data.read(config, task), task)
+        found = _study(
+            Path(study) if study else folder / "study.db", config, tried, rows, task.judged_by[metric], prune
+        )
         searcher = Search(config, tried, metric, task.judged_by[metric], folder, found, prune, tell)
         if resumed:
             searcher.take_up()
-        with data.kept():
-            stopped = searcher.go(count, timeout)
-        return searcher.outcome(stopped)
+        return searcher.outcome(searcher.go(count, timeout))
 
 
 @contextlib.contextmanager
@@ -119,7 +120,9 @@ def _quiet() -> Iterator[None]:
         optuna.logging.set_verbosity(level)
 
 
-def _study(path: Path, config: Config, tried: space.Space, higher: bool, prune: bool) -> Any:
+def _study(
+    path: Path, config: Config, tried: space.Space, rows: dict[str, list[Any]], higher: bool, prune: bool
+) -> Any:
     import optuna
 
     path = path.expanduser()
@@ -143,7 +146,12 @@ def _study(path: Path, config: Config, tried: space.Space, higher: bool, prune: 
         given = f"study {path.name} of other options ({', '.join(changed)})"
         do = "take the options it began with, --overwrite to throw it away, or another --out"
         fail(SettingsError, given, "one config for all trials of a study", do)
-    for key, value in mine.items():
+    if before.get("rows", rows) != rows:
+        had, have = ({name: count for name, (count, _) in one.items()} for one in (before["rows"], rows))
+        given = f"study {path.name} of other rows ({had}, now {have})"
+        do = "put the data back as it was, --overwrite to throw the study away, or another --out"
+        fail(DataError, given, "the same rows for all trials of a study", do)
+    for key, value in (mine | {"rows": rows}).items():
         study.set_user_attr(key, value)
     return study
 
@@ -301,6 +309,7 @@ class Search:
 
     def train(self, trial: Any, config: Config) -> float:
         """The best value on the validation rows."""
+        from peft_fast.pages import words
         from peft_fast.recipes import run
 
         if record.there(config.out) and trial.user_attrs.get("retry_of") is not None:
@@ -314,7 +323,7 @@ class Search:
             value = made.result["final"].get("validation", {}).get(self.metric)
         trial.set_user_attr("seconds", made.result["seconds"])
         trial.set_user_attr("final", trials.finite(made.result["final"]))
-        trial.set_user_attr("memory", (made.result.get("memory") or {}).get("peak_bytes"))
+        trial.set_user_attr("memory", words.beyond(made.result.get("memory") or {}))
         if value is None or not math.isfinite(value):
             raise trials.Failed(f"{self.metric} was no number")
         return float(value)

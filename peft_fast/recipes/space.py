@@ -15,6 +15,8 @@ from peft_fast.recipes.config import ADAPTERS, RATIOS, Config
 FIXED = {"task", "data", "columns", "subset", "validation_share", "train_rows", "validation_rows", "test_rows"}
 FIXED |= {"bad_rows", "metric", "out", "overwrite", "resume", "search", "name", "keep", "save_every", "report_to"}
 FIXED |= {"evaluate_every", "training_arguments", "model_options", "network", "device", "log_every", "keep_best"}
+# the seed draws rows that are held out, and the words that are asked
+FIXED |= {"seed", "long_rows", "mask_share"}
 NEEDED = "values to choose from, [a, b, …], or a range {low: …, high: …} with log: true or step: …"
 
 
@@ -59,7 +61,7 @@ def read(config: Config) -> Space:
         return default(config)
     wrong: list[str] = []
     space = {name: part for name, given in config.search.items() if (part := _part(name, given, wrong)) is not None}
-    wrong += _overlaps(space)
+    wrong += _overlaps(config, space)
     for name, part in space.items():
         wrong += _values(config, name, part, space)
     if wrong:
@@ -111,7 +113,9 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _overlaps(space: Space) -> Iterator[str]:
+def _overlaps(config: Config, space: Space) -> Iterator[str]:
+    if "max_length" in space and config.long_rows == "skip":
+        yield "max_length: with long_rows: skip it decides which rows there are; take long_rows: truncate"
     for ratio, option in RATIOS.items():
         if ratio in space and option in space:
             yield f"{ratio}, {option}: both say the same; keep one"

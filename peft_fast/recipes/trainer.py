@@ -304,7 +304,11 @@ class RecipeTrainer(AtomicCheckpoints, Seq2SeqTrainer):
         return loss, tokens, self._prepare_input(inputs.get("labels"))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        best = super()._determine_best_metric(metrics, trial)
+        best, state = super()._determine_best_metric(metrics, trial), self.state
+        # of equals, what has learnt: the metric may be too coarse to show it
+        if state.global_step and state.best_global_step == 0:
+            if metrics[f"eval_{self.args.metric_for_best_model}"] == state.best_metric:
+                state.best_global_step, best = state.global_step, True
         if best and self.config.keep_best:
             self.control.should_save = True
         return best

@@ -29,7 +29,7 @@ def result(name="one", accuracy=0.8, seconds=120.0, **config) -> dict:
         "best": {"step": 20, "value": accuracy},
         "final": {"test": {"accuracy": accuracy, "loss": 0.5}},
         "throughput": {"unit": "tokens", "per_second": 50.0, "steps": 20, "train_seconds": seconds},
-        "memory": {"peak_bytes": 2**20},
+        "memory": {"peak_bytes": 5 * 2**20, "before_bytes": 3 * 2**20},
         "machine": {"cpu": "a CPU"},
     }
 
@@ -53,7 +53,7 @@ def test_the_table_shows_what_came_out_and_what_differs(folders, tmp_path, capsy
     given = folders(result(), result(EVIL, 0.9, 60.0, method="full", r=8))
     assert compare.app([*given, "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
-    for word in ("80.0 %", "90.0 % *", "2 min 00 s", "1 min 00 s", "method", "lora", "full", EVIL):
+    for word in ("80.0 %", "90.0 % *", "2 min 00 s", "1 min 00 s", "2.0 MiB", "method", "lora", "full", EVIL):
         assert word in shown, word
     assert "warning" not in shown
     files = {path.name for path in (tmp_path / "out").iterdir()}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from peft_fast.recipes import run
+from peft_fast.recipes.trainer import RecipeTrainer
 from tests.recipes.test_run import course, same, weights
 
 
@@ -44,6 +45,36 @@ def test_a_run_that_got_worse_leaves_what_it_began_with_also_when_it_was_stopped
     begun = run.prepare(run.resolve(options | {"method": method, "out": str(tmp_path / "other")}, {}))
     begin = {name: p for name, p in begun.model.named_parameters() if p.requires_grad}
     assert all(torch.equal(value, begin[name]) for name, value in weights(went_on).items())
+
+
+@pytest.mark.parametrize("stop", [1, 8])
+def test_a_best_that_is_not_kept_is_known_when_the_run_goes_on(options, best_at, signalled, tmp_path, recwarn, stop):
+    best_at(0)
+    more = dict(evaluate_every=3, early_stopping=3, keep_best=False)
+    undisturbed = run.train(options, say=lambda line: None, **more)
+    assert undisturbed.result["early_stopped"] and undisturbed.result["throughput"]["steps"] == 9
+    said = []
+    run.train(options, callbacks=[signalled(stop)], overwrite=True, say=said.append, **more)
+    went_on = run.train(resume=True, out=str(tmp_path / "run"), say=said.append)
+    assert same(undisturbed, went_on) and course(undisturbed) == course(went_on)
+    assert went_on.result["best"] == undisturbed.result["best"] == {"step": 0, "value": 1.0}
+    assert not [line for line in said if "damaged" in line]
+    assert not [warning for warning in recwarn if "forgotten" in str(warning.message)]
+
+
+@pytest.mark.parametrize("values, best", [([0.5, 0.5, 0.5], 6), ([0.5, 0.4, 0.5], 12), ([0.5, 0.5, 0.6], 12)])
+def test_of_equals_what_has_learnt_is_kept(learn, monkeypatch, tmp_path, values, best):
+    inner = RecipeTrainer.evaluate
+
+    def evaluate(self, *args, **kwargs):
+        return inner(self, *args, **kwargs) | {"eval_accuracy": values[self.state.global_step // 6]}
+
+    monkeypatch.setattr(RecipeTrainer, "evaluate", evaluate)
+    made = learn(keep=1)
+    assert made.result["best"] == {"step": best, "value": max(values)}
+    seen = next(entry["loss"] for entry in made.result["evaluations"] if entry["step"] == best)
+    assert made.result["final"]["validation"]["loss"] == seen
+    assert not (tmp_path / "run" / "checkpoints" / "checkpoint-0").exists()
 
 
 def test_the_beginning_is_kept_no_longer_than_it_is_the_best(learn, best_at, tmp_path):

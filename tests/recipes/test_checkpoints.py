@@ -69,7 +69,9 @@ def fake(folder, step, best=None):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "data").write_text(str(step) * 10)
-    (path / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
+    (path / "trainer_state.json").write_text(
+        json.dumps({"best_global_step": best, "best_model_checkpoint": best and "…"})
+    )
     checkpoints._seal(path, step)
     return path
 

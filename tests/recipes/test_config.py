@@ -124,3 +124,22 @@ def test_what_options_set_cannot_be_set_behind_their_back():
     set_there = {name for name in fields if f"        {name}=" in source}
     assert len(set_there) > 20 and set_there - config.OWN_ARGUMENTS == {"dataloader_pin_memory"}
     assert {"train_sampling_strategy", "deepspeed", "fsdp", "auto_find_batch_size"} <= config.OWN_ARGUMENTS
+
+
+def test_what_a_value_means_is_said_of_that_value_alone():
+    """Of the whole table, what a message of --resume says of a 0, of a default and of any other value."""
+    from peft_fast.recipes.record import _in_force
+
+    plain = config.read(LEAST)
+    meant = {}
+    for name, field in Config.model_fields.items():
+        if name in ("task", "method", "learning_rate", "head_learning_rate", "metric"):
+            continue  # what these are is computed
+        for value in {repr(v): v for v in (field.default, 0, 0.0, False, None, 3)}.values():
+            said = _in_force(plain.model_copy(update={name: value}), name)
+            if said != repr(value):
+                assert value is None or (value == 0 and value is not False), (name, said)
+                meant[name, value] = said.partition(" ")[2]
+    assert meant["max_grad_norm", 0] == "(never)" and meant["train_rows", 0] == "(all)"
+    assert meant["dropout", None] == "(its own)" and meant["early_stopping", 0] == "(never)"
+    assert {"steps", "threads", "save_every", "name"} <= {name for name, _ in meant}

@@ -220,3 +220,17 @@ def test_a_ledger_counts_what_lives():
     assert ledger.held == 200
     del c
     assert ledger.held == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_was_there_before_is_measured_before_the_model_is_loaded(learn, options, monkeypatch, method):
+    """Else the figure has the weights of some methods in it, and of others not."""
+    from peft_fast.recipes import process
+    from peft_fast.recipes.tasks.sequence_classification import Task
+
+    options.pop("r")
+    load, loaded = Task.load_model, []
+    monkeypatch.setattr(Task, "load_model", lambda self, dtype: loaded.append(dtype) or load(self, dtype))
+    monkeypatch.setattr(process, "memory", lambda device: 3 + len(loaded))
+    found = learn(method=method, steps=1).result["memory"]
+    assert loaded and found["before_bytes"] == 3 and found["peak_bytes"] > 2**20

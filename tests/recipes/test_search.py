@@ -9,8 +9,9 @@ import pytest
 from peft_fast.errors import DataError, SettingsError
 from peft_fast.pages import search as page
 from peft_fast.recipes import config as configs
-from peft_fast.recipes import search, space
+from peft_fast.recipes import data, search, space
 from peft_fast.recipes.space import Range
+from peft_fast.recipes.splits import Splits
 
 BASE = dict(task="sequence-classification", model="m", data="d")
 
@@ -60,6 +61,8 @@ def test_lists_are_choices_and_mappings_ranges():
         ({"learning_rate": {"low": "a", "high": 1.0}}, "are numbers"),
         ({"schedule": ["cosine", "sine"]}, "schedule: 'sine'"),
         ({"data": ["a", "b"]}, "is the same in all trials"),
+        ({"seed": [0, 1]}, "seed: is the same in all trials"),
+        ({"long_rows": ["skip", "truncate"]}, "long_rows: is the same in all trials"),
         ({"unfreeze_layers": [1, 2]}, "means nothing for lora, only for gradual"),
         ({"alpha": [8, 16], "alpha_ratio": [1, 2]}, "both say the same"),
     ],
@@ -67,6 +70,12 @@ def test_lists_are_choices_and_mappings_ranges():
 def test_what_no_trial_can_be_made_of_is_said_before_any(given, said):
     with pytest.raises(SettingsError, match=f"(?s){said}"):
         space.read(config(search=given))
+
+
+def test_rows_that_are_too_long_are_the_same_in_all_trials():
+    assert space.read(config(search={"max_length": [16, 32]}))
+    with pytest.raises(SettingsError, match="decides which rows"):
+        space.read(config(search={"max_length": [16, 32]}, long_rows="skip"))
 
 
 def test_all_that_is_wrong_is_said_at_once():
@@ -113,12 +122,16 @@ def test_a_learning_rate_belongs_to_the_method_it_was_given_with():
 class Landscape:
     """In place of run.train: a value of the config, and whatever a trial may come to."""
 
-    def __init__(self, monkeypatch, value=lambda config: -((math.log10(config.learning_rate) + 3) ** 2), steps=3):
+    def __init__(
+        self, monkeypatch, value=lambda config: -((math.log10(config.learning_rate) + 3) ** 2), steps=3, rows=False
+    ):
         from peft_fast.recipes import run
 
         self.value, self.steps, self.seen, self.before = value, steps, [], lambda config, count: None
         monkeypatch.setattr(run, "train", self.train)
         monkeypatch.setattr(search, "free", lambda: None)
+        if not rows:
+            monkeypatch.setattr(data, "read", lambda config, task: Splits())
 
     def train(self, given, callbacks=(), say=None):
         from types import SimpleNamespace
@@ -318,6 +331,20 @@ def test_a_folder_with_something_else_in_it(monkeypatch, given):
     (given.out / "notes.txt").write_text("mine")
     with pytest.raises(SettingsError, match="something else"):
         search.search(given, 2)
+
+
+def test_other_rows_are_another_search(monkeypatch, given, tmp_path):
+    landscape, file = Landscape(monkeypatch, rows=True), tmp_path / "rows.csv"
+    rows = [f"{word} number {i},{word}\n" for i in range(20) for word in ("yes", "no")]
+    file.write_text("".join(["text,label\n", *rows]))
+    given = given.model_copy(update={"data": str(file), "validation_share": 0.2})
+    search.search(given, 1)
+    assert len(search.search(given, 2).trials) == 2
+    file.write_text("".join(["text,label\n", *rows[:-1], "yes number 19,no\n"]))
+    with pytest.raises(DataError, match=r"other rows \(.*'train': 32, .*, now .*'train': 32"):
+        search.search(given, 3)
+    assert len(landscape.seen) == 2
+    assert len(search.search(given.model_copy(update={"overwrite": True}), 1).trials) == 1
 
 
 def test_two_options_are_tried_once_each(monkeypatch, given):
