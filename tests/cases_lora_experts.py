@@ -116,6 +116,8 @@ def _cases() -> list[Case]:
         Case("two_adapters_one_scale", ranks=(5, 2), scaling=(0.5, 0.5)),
         Case("tensor_scaling", tensor_scaling=True, ranks=(3, 16), scaling=(0.5, -2.0)),
         Case("scaling_zero", scaling=(0.0,)),
+        Case("no_adapter", ranks=(), scaling=(), tokens=True, bias=True),
+        Case("no_adapter_transposed", ranks=(), scaling=(), transposed=True, E=7, only=(2, 5)),
         *[Case(f"rank_{r}", ranks=(r,), K=72, N=56, T=29, tokens=True) for r in (1, 2, 17, 64, 256)],
         *[
             Case(f"ragged_{K}x{N}", K=K, N=N, ranks=(5,), bias=True)

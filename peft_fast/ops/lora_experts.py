@@ -63,11 +63,17 @@ def lora_experts(
     others = prepare.tensors_beside_W(adapters, bias)
     name, _, _ = dispatch.pick(x, W.dtype, W, others, exact, backend, "accumulate", op="lora_experts")
     x = x.to(W.dtype)
-    if name == "reference" or not adapters or (W.requires_grad and torch.is_grad_enabled()):
+    if name == "reference" or (W.requires_grad and torch.is_grad_enabled()):
         y = _define(x, W, bias, adapters, routing, tokens, transposed)
     else:
         As = [a.A.reshape(W.shape[0], -1, x.shape[1]) for a in adapters]
-        A, B = (As[0], adapters[0].B) if len(As) == 1 else (torch.cat(As, 1), torch.cat([a.B for a in adapters], 1))
+        if len(As) > 1:
+            A, B = torch.cat(As, 1), torch.cat([a.B for a in adapters], 1)
+        elif As:
+            A, B = As[0], adapters[0].B
+        else:  # a stack that no adapter is on
+            E, N, K = W.shape[0], W.shape[2 if transposed else 1], x.shape[1]
+            A, B = W.new_empty(E, 0, K), W.new_empty(N, 0)
         spec = ExpertsSpec([a.shape[1] for a in As], [a.scaling for a in adapters], tokens, transposed, exact, name)
         y = LoraExperts.apply(x, W, bias, A, B, *routing[:3], spec, routing.k)
     prepare.count_call()
@@ -75,13 +81,15 @@ def lora_experts(
 
 
 class LoraExperts(torch.autograd.Function):
-    """A (E, R, K), B (N, R·E) rank after rank; saves x as it came, H (S, R) and the routing."""
+    """A (E, R, K), B (N, R·E) rank after rank; saves x as it came, if R > 0, H (S, R) and the routing."""
 
     @staticmethod
     def forward(ctx, x, W, bias, A, B, order, inverse, counts, spec, k):
         routing = Routing(order, inverse, counts, k)
         y, H = backends[spec.backend].forward(x, W, bias, A, B, routing, spec)
-        ctx.save_for_backward(x, W, bias, A, B, H, order, inverse, counts)
+        # without adapters backward asks x for no more than its shape
+        kept = x if spec.ranks else x.new_zeros(()).expand(x.shape)
+        ctx.save_for_backward(kept, W, bias, A, B, H, order, inverse, counts)
         ctx.spec, ctx.k = spec, k
         return y
 
@@ -143,8 +151,13 @@ def _define(x, W, bias, adapters, routing, tokens, transposed):
 def _differentiable_backward(g, inputs, needs, routing, spec):
     """Gradients that can be differentiated again (create_graph=True): autograd through the definition."""
     x, W, bias, A, B = inputs
-    parts = zip(A.split(spec.ranks, 1), B.split([r * A.shape[0] for r in spec.ranks], 1), spec.scalings, strict=True)
-    adapters = [Adapter(a.flatten(0, 1), b, s) for a, b, s in parts]
+    adapters = []
+    if spec.ranks:
+        splits = A.split(spec.ranks, 1), B.split([r * A.shape[0] for r in spec.ranks], 1)
+        adapters = [Adapter(a.flatten(0, 1), b, s) for a, b, s in zip(*splits, spec.scalings, strict=True)]
+    else:  # linear in x: its gradient is that at any other
+        x = x.detach().requires_grad_(needs[0])
+        inputs = x, W, bias, A, B
     y = _define(x, W, bias, adapters, routing, spec.tokens, spec.transposed)
     wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
     grads = iter(torch.autograd.grad(y, wanted, g, create_graph=True, allow_unused=True))

@@ -20,21 +20,25 @@ _FORMS = {
     "y = x @ self.weight.T\nif self.bias is None:\n    return y\nreturn y + self.bias",
 }
 
-_known: dict[type, bool] = {nn.Linear: True}
+_torchs = nn.Linear.forward
+# class -> the forward that was read, and the verdict: libraries replace forwards
+_known: dict[type, tuple[object, bool]] = {nn.Linear: (_torchs, True)}
 
 
 def linear(kind: type) -> bool:
     """Does calling an instance compute x·Wᵀ + bias, and nothing else?"""
-    if kind not in _known and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         note(kind)
-    return _known.get(kind, False)
+    forward, verdict = _known.get(kind, (None, False))
+    return verdict and kind.forward is forward and nn.Linear.forward is _torchs
 
 
 def note(kind: type) -> None:
     """Reads a class, which compiled code cannot do."""
-    if kind in _known:
+    if kind in _known and (kind is nn.Linear or _known[kind][0] is kind.forward):
         return
-    _known[kind] = kind.__bases__ == (nn.Linear,) and set(vars(kind)) <= _HARMLESS and _plain_forward(kind)
+    verdict = kind.__bases__ == (nn.Linear,) and set(vars(kind)) <= _HARMLESS and _plain_forward(kind)
+    _known[kind] = kind.forward, verdict
 
 
 def _plain_forward(kind: type) -> bool:

@@ -58,6 +58,8 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
         low = A.dtype
         if not plan.plain(A) or not plan.plain(B) or lora_A._parameters["bias"] is not None or B.dtype is not low:
             return None
+        if B.shape[1] != A.shape[0]:
+            return None
         if not (low is dtype or (low is torch.float32 and layer.cast_input_dtype_enabled)):
             return None
         if not (A.is_cpu and B.is_cpu) or (As and As[0].dtype is not low):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from peft_fast.ops.nf4 import Nested, Packed
 from peft_fast.patch import plan
@@ -103,6 +104,33 @@ def _eight_bits(base, kind):
     return Base(name, Rows(state.CB, state.SCB.view(-1, 1) * (1 / 127)), base.bias, key=(state.threshold > 0,))
 
 
+def settle(base: nn.Module, x: Tensor) -> bool:
+    """Has bitsandbytes' layer do now what it does to itself at its first call with such an x; did it?
+
+    Else its second call would go another way than its first, and that may be a checkpoint's recomputation.
+    """
+    bnb = sys.modules.get("bitsandbytes")
+    kind = next((k for k in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt) if isinstance(base, k)), None) if bnb else None
+    if kind is None or type(base).forward is not kind.forward or plan.hooked(base):
+        return False
+    changed, dtype = False, x.dtype
+    if kind is bnb.nn.Linear4bit:
+        W = base.weight
+        if isinstance(W, bnb.nn.Params4bit) and W.quant_state is None and base.quant_state is not None:
+            W.quant_state, changed = base.quant_state, True
+        if not base.compute_type_is_set:
+            base.set_compute_type(x)
+            base.compute_type_is_set = changed = True
+        dtype = base.compute_dtype or dtype
+    elif base.weight.CB is not None:
+        base.init_8bit_state()
+        changed = True
+    if base.bias is not None and base.bias.dtype is not dtype:
+        base.bias.data = base.bias.data.to(dtype)
+        changed = True
+    return changed
+
+
 def _torchao(base):
     W = base._parameters.get("weight") if type(base) is nn.Linear else None
     kind = type(W)
@@ -159,8 +187,16 @@ def device_of(base: nn.Module) -> torch.device | None:
 
 def _agrees(base, found, dtype):
     device_type = device_of(base).type
+    # in a checkpointed forward nothing of the trial is to be kept, nor computed again
+    hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
+        with (
+            hooks,
+            _disable_current_modes(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device_type, enabled=False),
+        ):
             W = found.W.dense(dtype)
             N, K = W.shape
             # no random numbers: the user's generators are not ours to move
@@ -170,8 +206,12 @@ def _agrees(base, found, dtype):
             (dx,) = torch.autograd.grad(y, x, g)
             bias = None if found.bias is None else found.bias.float()
             return _close(y, F.linear(x.float(), W.float(), bias), dtype) and _close(dx, g.float() @ W.float(), dtype)
-    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError):
+    except Exception:  # whatever a library raises: nobody asked for this call
         return False
+
+
+def _same(t):
+    return t
 
 
 def _close(a, b, dtype):

@@ -140,6 +140,8 @@ def adapter_of(lora_A, lora_B, dropout, scaling, kind: type = nn.Linear) -> Adap
         return "lora_A and lora_B have different dtypes"
     if A.shape[0] > MAX_RANK:
         return f"the rank is above {MAX_RANK}"
+    if B.shape[1] != A.shape[0]:
+        return "lora_A and lora_B are of different ranks"
     p = probability(dropout)
     if type(p) is str:
         return p

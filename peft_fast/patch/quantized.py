@@ -122,6 +122,8 @@ def forward(self, x, *args, **kwargs):
     ledger.count(self, reason or None)
     if reason:
         return stock(self, x, *args, **kwargs)
+    if packed.settle(self.base_layer, x):
+        found = plan_of(self)
     exact = settings.get().exact
     if multiplies(self, x, found):
         y = lora_quantized(x, found.base.W, found.base.bias, found.adapters, exact=exact)

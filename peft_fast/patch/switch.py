@@ -169,6 +169,7 @@ def _in_use() -> bool:
     """Is a marked layer alive anywhere? Copies are marked but registered nowhere: only the collector knows them."""
     gc.collect()
     kinds = plan.Linear, plan.Embedding, *conv.kinds, experts.ParamWrapper, *quantized.kinds()
+    kinds = tuple(kind for kind in kinds if kind is not None)  # nothing is loaded before the first accelerate()
     return any(issubclass(type(o), kinds) and marked(o) for o in gc.get_objects())
 
 

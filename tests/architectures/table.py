@@ -41,8 +41,8 @@ NOTES = """\
 - BERT, RoBERTa and DeBERTa split the MLP over two modules; OPT, BART, Marian, Whisper, ALBERT and the time-series
   transformer compute it in the layer's own forward: no module is the MLP and nothing else.
 - BLOOM's and MPT's MLP take the residual and add it themselves.
-- Experts (Mixtral, Qwen3-MoE, DeepSeek-V3, gpt-oss) are three-dimensional parameters; where PEFT adapts those, it keeps
-  its own forward.
+- Experts (Mixtral, Qwen3-MoE, DeepSeek-V3, gpt-oss) are three-dimensional parameters: where PEFT adapts those
+  (`target_parameters`), their products, adapters and gate are one op, which is neither a group nor a block.
 - GPT-J, Phi and Falcon call the MLP's first layer with the tensor that q, k and v get, and T5's decoder layers all get
   k and v from one; a group never reaches past its module.
 - In DETR positions are added to what q and k read, not to what v reads.

@@ -18,7 +18,6 @@ SHARED = ("model.encoder.embed_tokens", "model.decoder.embed_tokens")
 QKV = "q_proj k_proj v_proj"
 # PEFT turns the targets gate_proj, up_proj and down_proj into the experts' parameters: dense MLPs stay frozen
 EXPERTS = dict(
-    slow=("model.layers.1.mlp.experts", "model.layers.1.mlp.experts.base_layer"),
     experts=("model.layers.0.mlp.*_proj", "model.layers.1.mlp.shared_experts.*_proj"),
 )
 GATED = "mlp: down(silu(gate)·up)"

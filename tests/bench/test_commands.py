@@ -106,7 +106,7 @@ def test_a_model_that_is_not_fast_is_refused(monkeypatch, capsys):
     "args, error, words",
     [
         (["lora_liner"], UnsupportedError, "did you mean lora_linear?"),
-        (["nonsense"], UnsupportedError, "smollm2, methods, pages, table"),
+        (["nonsense"], UnsupportedError, "smollm2, generate, methods, pages, table"),
         (["train_step", "--model", "bert"], UnsupportedError, "bert-base-like, gpt2-like, llama-like"),
         (["lora_linear", "--dtype", "bf61"], UnsupportedError, "did you mean bf16?"),
         (["lora_linear", "--dropout", "1"], SettingsError, "from 0 to below 1"),

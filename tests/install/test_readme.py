@@ -54,15 +54,17 @@ def test_make_demo_is_the_demo_command(root):
 
 
 def test_set_up_takes_torch_first(root, tmp_path):
-    """Without .venv: an environment, torch alone, the other pins, the package without dependencies."""
-    for name in ("Makefile", "requirements.txt", "pyproject.toml", "setup.py"):
+    """Without .venv: an environment, torch alone, the other pins, the package, what tests of quantized bases need."""
+    for name in ("Makefile", "requirements.txt", "requirements-quantized.txt", "pyproject.toml", "setup.py"):
         (tmp_path / name).write_bytes((root / name).read_bytes())
-    steps = [line for line in dry_run(tmp_path, "make", "setup").splitlines() if " -m " in line]
+    said = dry_run(tmp_path, "make", "setup").replace("\\\n", "")
+    steps = [line for line in said.splitlines() if " -m " in line]
     wanted = [
         "-m venv .venv",
         "grep -m1 '^torch=='",
         "requirements.txt",
         "--no-build-isolation --no-deps --editable .",
+        "--target .venv/quantized --requirement requirements-quantized.txt",
     ]
     assert len(steps) == len(wanted)
     for step, part in zip(steps, wanted, strict=True):

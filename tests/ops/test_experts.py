@@ -163,6 +163,14 @@ def test_gradients_by_finite_differences(transposed, tokens):
     assert torch.autograd.gradgradcheck(run, leaves)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_without_an_adapter(transposed):
+    x, W, routing, bias, *_ = small(transposed)
+    run = lambda x, bias: lora_experts(x, W, routing, bias, tokens=True, transposed=transposed)  # noqa: E731
+    for leaves in ((x, bias), (x, bias.detach()), (x.detach(), bias)):
+        assert torch.autograd.gradcheck(run, leaves) and torch.autograd.gradgradcheck(run, leaves)
+
+
 def test_gradients_of_the_weighted_sum():
     _, _, routing, *_ = small()
     z = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)

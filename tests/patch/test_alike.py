@@ -132,6 +132,18 @@ def test_what_may_not_is_pefts(kind):
     assert not alike.linear(kind)
 
 
+@pytest.mark.parametrize("kind, replaced", [(Short, Short), (Bare, nn.Linear), (Super, nn.Linear), (nn.Linear,) * 2])
+def test_a_forward_replaced_later_is_seen(monkeypatch, kind, replaced):
+    model, x = toy(kind), inputs()
+    assert_fast(model, x)
+    torchs = F.linear
+    monkeypatch.setattr(replaced, "forward", lambda self, x: 2 * torchs(x, self.weight, self.bias))
+    assert not alike.linear(kind)
+    monkeypatch.undo()
+    assert alike.linear(kind)
+    assert_fast(model, x)
+
+
 def test_a_name_that_only_looks_like_torchs(tmp_path, monkeypatch):
     """F of the module that the class lies in decides, not its letters."""
     (tmp_path / "their_layers.py").write_text(

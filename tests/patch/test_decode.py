@@ -244,6 +244,10 @@ CHANGES = {
     "A_of_another_class": (lambda m: layers(m)[0].lora_A.update({"default": Doubling(K, 4, bias=False)}), 1),
     "parametrized": (lambda m: _parametrize(layers(m)[0].base_layer), 1),
 }
+# what PEFT itself cannot run: only who takes it is compared
+BROKEN = {
+    "A_of_another_rank": lambda m: setattr(layers(m)[0].lora_A["default"], "weight", nn.Parameter(torch.randn(7, K))),
+}
 
 
 class Doubling(nn.Linear):
@@ -333,7 +337,7 @@ def test_inputs_that_are_pefts():
 def test_it_takes_nothing_that_the_plan_refuses():
     """decode.py looks by itself, for speed: whatever it takes, plan.py takes too, with the same tensors."""
     x = inputs(2, K).detach()
-    for change, (apply, _) in CHANGES.items():
+    for change, apply in {name: apply for name, (apply, _) in CHANGES.items()}.items() | BROKEN.items():
         model = toy(lora_dropout=0.2).eval()
         apply(model)
         with torch.no_grad():

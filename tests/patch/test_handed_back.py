@@ -275,7 +275,16 @@ def test_adapters_of_two_dtypes():
     refuse(model, inputs(6, K, dtype=BF16), reason="active adapters have different dtypes")
 
 
+def _smaller_B():
+    """What add_weighted_adapter can leave behind."""
+    model = toy()
+    for lora in layers(model):
+        lora.lora_B["default"] = nn.Linear(2, lora.out_features, bias=False)
+    return model
+
+
 RAISES = {
+    "two ranks": (lambda: (_smaller_B(), inputs()), "lora_A and lora_B are of different ranks"),
     "input dtype": (lambda: (toy(), inputs(dtype=F64)), "input and base weight have different dtypes"),
     "input size": (lambda: (toy(), inputs(2, K + 1)), "last dimension does not fit"),
     "0-d input": (lambda: (toy(), torch.tensor(1.0)), "the input is not a plain dense tensor"),

@@ -276,6 +276,17 @@ def test_public_names_and_a_light_import():
     assert (done.stdout, done.stderr) == (f"{peft_fast.__version__} set()\n", "")
 
 
+def test_restore_and_disable_before_anything_was_accelerated():
+    code = """if True:
+        import peft, torch, peft_fast
+        model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"]))
+        peft_fast.disable()
+        assert peft_fast.restore(model) is model
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_stock_forward_is_what_tools_see():
     import inspect
 

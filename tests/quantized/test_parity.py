@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import peft_fast
 from benchmarks.criterion import check
@@ -150,6 +150,40 @@ def test_checkpointing_draws_the_mask_again(quantize, options, kind, product, re
 
     whole = step(model)
     assert_same(whole, step(lambda x: checkpoint(model, x, use_reentrant=reentrant)))
+
+
+def _selective():
+    return create_selective_checkpoint_contexts([torch.ops.aten.addmm.default, torch.ops.aten.mm.default])
+
+
+@pytest.mark.parametrize("options_of_checkpoint", [{}, {"context_fn": _selective}], ids=["plain", "selective"])
+@pytest.mark.parametrize("bias", [torch.float32, torch.bfloat16])
+@bases(SOME)
+def test_checkpointing_the_first_call(quantize, options, kind, product, bias, options_of_checkpoint):
+    """What is tried, or chosen, at a layer's first call must not make the recomputation another."""
+    packed._trusted.clear()
+    model = toy(quantize, options=options)
+    if quantize in (models.four_bits, models.eight_bits):
+        for layer in layers(model):
+            layer.base_layer.bias.data = layer.base_layer.bias.data.to(bias)
+
+    w = 1.5 * torch.eye(K)
+
+    def run(model, call):
+        x = inputs()
+        y = call(lambda x: (model(x @ w) @ w).tanh(), x)
+        y.square().sum().backward()
+        return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    with stock():
+        expected = run(copy.deepcopy(model), lambda f, x: f(x))
+    calls = []
+    agrees = packed._agrees
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "_agrees", lambda *args: calls.append(args) or agrees(*args))
+        got = run(model, lambda f, x: checkpoint(f, x, use_reentrant=False, **options_of_checkpoint))
+    assert len(calls) == 2, "one trial a shape"
+    assert_same(expected, got, 2e-6)
 
 
 @bases(SOME)

@@ -62,7 +62,7 @@ class Side:
     def __init__(self, W, low, turned, rank):
         self.W, self.low, self.turned = W, low, turned
         self.wide = None
-        if low == torch.bfloat16:
+        if low == torch.bfloat16 and rank:
             rows, columns = W.shape[1:]
             shape = (rows, columns + rank) if turned else (rows + rank, columns)
             self.wide = torch.empty(shape, dtype=low, device=W.device)
@@ -72,8 +72,12 @@ class Side:
         W, wide = self.W[e], self.wide
         if wide is None:
             W = W.to(self.low)
+            W = W.t() if self.turned else W
+            if not h.shape[1]:
+                out.copy_(x @ W if bias is None else torch.addmm(bias.to(self.low), x, W))
+                return
             y = h @ b if bias is None else torch.addmm(bias.to(self.low), h, b)
-            out.copy_(y.addmm_(x, W.t() if self.turned else W))
+            out.copy_(y.addmm_(x, W))
             return
         if self.turned:
             wide[:, : W.shape[1]], wide[:, W.shape[1] :] = W, b.t()
@@ -92,7 +96,7 @@ def low_dtype(x, A, spec):
 def by_expert(B, E):
     """B (N, R·E), rank after rank, -> (E, N, R)."""
     # as a transpose of two dimensions, for which torch has a kernel
-    return B.reshape(-1, E).t().contiguous().view(E, B.shape[0], -1)
+    return B.reshape(B.numel() // E, E).t().contiguous().view(E, B.shape[0], B.shape[1] // E)
 
 
 def by_rank(dB):
@@ -122,6 +126,8 @@ def spans(routing):
 
 def shrink(x, A, spec, out):
     """x (m, K), A (K, R) -> out (m, R) = s·x·A."""
+    if not spec.scalings:
+        return
     scale = spec.scalings[0]
     if spec.scalings.count(scale) == len(spec.scalings):
         # alpha scales the float32 accumulator: one rounding where a product and a multiplication would have two

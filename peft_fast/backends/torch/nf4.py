@@ -10,7 +10,7 @@ def dequantize(W, dtype):
     data = W.data.reshape(-1).view(torch.uint8)
     n = W.shape[0] * W.shape[1]
     wide = torch.promote_types(dtype, torch.float32)
-    scales = absmax(W).to(wide)
+    scales = absmax(W, wide)
     code = W.code.to(wide)
     # what a byte means: its two values
     pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), 1)  # (256, 2)
@@ -22,11 +22,12 @@ def dequantize(W, dtype):
     return values[:n].view(W.shape).to(dtype)
 
 
-def absmax(W):
-    """The scales of W's blocks, float32."""
+def absmax(W, wide):
+    """The scales of W's blocks in ``wide``."""
     if W.nested is None:
-        return W.absmax.view(-1)
+        return W.absmax.view(-1).to(wide)
     code, outer, offset, size = W.nested
+    code, outer, offset = code.to(wide), outer.to(wide), offset.to(wide)
     values = code.index_select(0, W.absmax.view(-1).int())
     blocks = values.numel()
     padded = torch.nn.functional.pad(values, (0, -blocks % size)).view(-1, size)
