@@ -12,7 +12,7 @@ help:      ## this list
 setup: .venv/.stamp .venv/quantized/.stamp  ## create .venv, install the pinned requirements, compile the extension (the verbs below do it too)
 	@$(PY) peft_fast/build.py --if-possible
 
-test: setup  ## the test suite, under 20 minutes on 2 cores
+test: setup  ## the test suite, half an hour on 2 cores
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-all: setup  ## every test, the long ones too
