@@ -49,6 +49,7 @@ def methods(document: dict, path: Path) -> None:
         x, y = row["train_seconds"] / 60, 100 * row["test"]["accuracy"]
         axes.scatter(x, y, s=row["peak_bytes"] / 2**20, alpha=0.6)
         axes.annotate(row["title"], (x, y), textcoords="offset points", xytext=(6, 6))
+    axes.margins(0.15)
     axes.set(xlabel="minutes of training", ylabel="accuracy on the test rows, %", xlim=(0, None))
     axes.set_title("area: peak memory", loc="left", fontsize=9)
     figure.savefig(path, dpi=150)

@@ -197,7 +197,7 @@ def methods(runs: list[dict]) -> str:
 def _method_row(row: dict) -> str:
     shown = {k: v for k, v in row["settings"].items() if k in METHOD_OPTIONS}
     model, most = row["model"], (row["peak_bytes"], row["forecast_bytes"], row["result_bytes"])
-    share = f"{model['trainable']:,} ({100 * model['trainable'] / model['parameters']:.2g} %)"
+    share = f"{model['trainable']:,} ({100 * model['trainable'] / model['parameters']:.3g} %)"
     peak, forecast, saved = (f"{size / 2**20:,.1f}" if size < 2**23 else f"{size / 2**20:,.0f}" for size in most)
     options = ", ".join(f"{k} {v:g}" for k, v in shown.items())
     accuracy = f"**{100 * row['test']['accuracy']:.1f} %**"
