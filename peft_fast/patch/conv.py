@@ -72,10 +72,8 @@ def plan_of(layer: nn.Module) -> Plan | str:
     """A PEFT convolution -> what lora_linear needs to run it, or why PEFT keeps it."""
     if type(layer) not in kinds:
         return f"{type(layer).__name__} is not one of PEFT's plain convolutions"
-    if layer._disable_adapters:
-        return "the adapters are disabled"
-    if layer.merged_adapters:
-        return "the adapter is merged into the base weight"
+    if reason := plan.out_of_use(layer):
+        return reason
     base = layer._modules["base_layer"]
     if type(base) not in BASES:
         return f"the base layer is a {type(base).__name__}, not nn.Conv1d, nn.Conv2d or nn.Conv3d"

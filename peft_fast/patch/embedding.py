@@ -62,10 +62,8 @@ def plan_of(layer: nn.Module, names: Sequence[str] | None = None, variant: type 
     """A PEFT embedding -> what lora_embedding needs to run it, or why PEFT keeps it; ``names``: not the active ones."""
     if type(layer) is not plan.Embedding:
         return f"{type(layer).__name__} is not PEFT's plain lora.Embedding"
-    if layer._disable_adapters:
-        return "the adapters are disabled"
-    if layer.merged_adapters:
-        return "the adapter is merged into the base weight"
+    if reason := plan.out_of_use(layer):
+        return reason
     base = layer._modules["base_layer"]
     if not isinstance(base, nn.Embedding):
         return f"the base layer is a {type(base).__name__}, not nn.Embedding"

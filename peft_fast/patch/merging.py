@@ -18,7 +18,7 @@ from peft_fast.errors import UnsupportedError, fail
 from peft_fast.patch import plan
 from peft_fast.patch.known import require_peft
 from peft_fast.patch.marks import innermost
-from peft_fast.patch.summary import lora_layers
+from peft_fast.patch.summary import some_lora_layers
 
 # variants whose merge() computes what their forward does and leaves nothing else changed
 MERGEABLE = {
@@ -51,14 +51,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     """
     require_peft()
     plan.load()
-    layers = lora_layers(model)
-    if not layers:
-        fail(
-            UnsupportedError,
-            f"a {type(model).__name__} without a LoRA layer of PEFT",
-            "a model with PEFT LoRA adapters",
-            "call get_peft_model(model, LoraConfig(...)) or model.add_adapter(...) first",
-        )
+    layers = some_lora_layers(model)
     todo = {layer: _targets(layer) for layer in _mergeable(layers)}
     swaps: list[Swap] = []
     hooks: list[Any] = []

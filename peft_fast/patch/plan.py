@@ -65,10 +65,8 @@ def plan_of(
     """
     if type(layer) is not Linear:
         return f"{type(layer).__name__} is not PEFT's plain lora.Linear"
-    if layer._disable_adapters:
-        return "the adapters are disabled"
-    if layer.merged_adapters:
-        return "the adapter is merged into the base weight"
+    if reason := out_of_use(layer):
+        return reason
     plan = frozen(layer._modules["base_layer"])
     if type(plan) is str:
         return plan
@@ -78,6 +76,13 @@ def plan_of(
     if not adapters and not bare:
         return "no active adapter in this layer"
     return Sibling(plan.W, plan.bias, adapters, plan.transposed)
+
+
+def out_of_use(layer: nn.Module) -> str:
+    """Why none of a layer's adapters takes part in its forward; empty where they do."""
+    if layer._disable_adapters:
+        return "the adapters are disabled"
+    return "the adapter is merged into the base weight" if layer.merged_adapters else ""
 
 
 def adapters_of(

@@ -135,10 +135,8 @@ def plan_of(layer: nn.Module) -> Plan | str:
     """A PEFT layer over a quantized base -> how to run it, or why PEFT keeps it."""
     if type(layer) not in _stock:
         return f"{type(layer).__name__} is not PEFT's own layer for a quantized base"
-    if layer._disable_adapters:
-        return "the adapters are disabled"
-    if layer.merged_adapters:
-        return "the adapter is merged into the base weight"
+    if reason := plan.out_of_use(layer):
+        return reason
     if plan.hooks_everywhere():
         return "hooks registered for all modules"
     inner = layer._modules["base_layer"]

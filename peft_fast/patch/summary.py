@@ -83,6 +83,19 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, layer.LoraLayer)}
 
 
+def some_lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The same of a model that must have one."""
+    layers = lora_layers(model)
+    if not layers:
+        fail(
+            UnsupportedError,
+            f"a {type(model).__name__} without a LoRA layer of PEFT",
+            "a model with PEFT LoRA adapters",
+            "call get_peft_model(model, LoraConfig(...)) or model.add_adapter(...) first",
+        )
+    return layers
+
+
 def report(model: nn.Module | None = None) -> Report:
     """What is fast in ``model`` now, and its calls since accelerate(); without a model, the process's."""
     if model is None:
@@ -97,14 +110,7 @@ def report(model: nn.Module | None = None) -> Report:
             group_calls=calls.groups,
             block_calls=calls.blocks,
         )
-    layers = lora_layers(model)
-    if not layers:
-        fail(
-            UnsupportedError,
-            f"a {type(model).__name__} without a LoRA layer of PEFT",
-            "a model with PEFT LoRA adapters",
-            "call get_peft_model(model, LoraConfig(...)) or model.add_adapter(...) first",
-        )
+    layers = some_lora_layers(model)
     reasons = {name: why_slow(layer) for name, layer in layers.items()}
     names = {layer: name for name, layer in layers.items()}
     mlps = blocks.reasons(model)

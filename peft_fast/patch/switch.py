@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from peft_fast import settings
-from peft_fast.errors import UnsupportedError, fail
 from peft_fast.patch import (
     alike,
     blocks,
@@ -35,7 +34,7 @@ from peft_fast.patch import (
 )
 from peft_fast.patch.known import forward_known, require_peft
 from peft_fast.patch.marks import MARK, innermost, marked, state
-from peft_fast.patch.summary import lora_layers, report
+from peft_fast.patch.summary import lora_layers, report, some_lora_layers
 
 _lock = threading.Lock()
 
@@ -49,13 +48,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     """
     settings.get()  # a wrong variable must raise before anything is patched
     require_peft()
-    if not lora_layers(model):
-        fail(
-            UnsupportedError,
-            f"a {type(model).__name__} without a LoRA layer of PEFT",
-            "a model with PEFT LoRA adapters",
-            "call get_peft_model(model, LoraConfig(...)) or model.add_adapter(...) first",
-        )
+    layers = some_lora_layers(model)
     if _known():
         _install()
         for module in model.modules():
@@ -65,7 +58,7 @@ def accelerate(model: nn.Module) -> nn.Module:
                 alike.note(type(module))
             if isinstance(module, nn.Embedding):
                 embedding.note(type(module))
-        for layer in lora_layers(model).values():
+        for layer in layers.values():
             innermost(layer).__dict__[MARK] = True  # bases of classes that are no nn.Linear
         places.walk(model)
     if not settings.get().quiet and _first_rank():
