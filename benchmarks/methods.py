@@ -1,25 +1,22 @@
 """Head, adapters, gradual unfreezing and full fine-tuning of one model on the same rows: accuracy, minutes, memory.
 
-Each is a run of `peft-fast train`, in a process of its own, so that peak memory is its own. All have the same rows,
-seed, epochs, batches and schedule, and three learning rates each: the one that is best on the validation rows is what
-the test rows judge.
+All have the same rows, seed, epochs, batches and schedule, and three learning rates each: the one that is best on the
+validation rows is what the test rows judge.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from peft_fast.errors import SettingsError, UnsupportedError, fail
+from peft_fast.errors import SettingsError, fail
 from peft_fast.recipes import examples
 
-from . import harness, machine
+from . import harness, machine, whole
 from .harness import Options
 
 NAME = "minilm"
@@ -58,9 +55,7 @@ def names(device: str) -> tuple[str, ...]:
 
 def run(options: Options, show, save: Path | None = None) -> dict:
     """One row for each method; the document is also written to `save` after each."""
-    if options.gate_only or options.peers or options.without or options.dropouts or options.repeats:
-        need = "whole runs of one recipe"
-        fail(SettingsError, "--gate-only, --peers, --without, --dropout or --repeats", need, "leave these options out")
+    whole.only(options, "whole runs of one recipe", "dtypes", "threads")
     if len(options.dtypes) > 1:
         fail(SettingsError, f"--dtype {','.join(options.dtypes)}", "one dtype for all runs", "run it once for each")
     document = {
@@ -84,9 +79,11 @@ def run(options: Options, show, save: Path | None = None) -> dict:
             progress.case(title)
             row = _best(title, options, Path(folder) / title)
             document["rows"].append(row)
-            if options.scale == "full" and row["test"]["accuracy"] <= row["chance"]:
-                document["refused"].append({"title": title, "reason": "no better than the most frequent answer"})
             print(_line(row), flush=True)
+            if options.scale == "full" and row["test"]["accuracy"] <= row["chance"]:
+                reason = "no better than the most frequent answer"
+                document["refused"].append({"title": title, "reason": reason})
+                show.refused(title, reason)
             if save:
                 harness.write(save, document)
     return document
@@ -133,14 +130,7 @@ def _trained(recipe: dict) -> dict:
     out = Path(recipe["out"])
     config = out.with_suffix(".yaml")
     config.write_text(json.dumps({"task": "sequence-classification", **recipe}))  # JSON is YAML
-    command = [sys.executable, "-m", "peft_fast", "train", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not (out / "metrics.json").is_file():
-        said = " ".join((done.stderr or done.stdout).split())[-600:]
-        fail(
-            UnsupportedError, f"a run that ended with {done.returncode}: {said}", "a finished run", "mend what it says"
-        )
-    return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    return whole.trained([str(config)], out)
 
 
 def _size(folder: Path) -> int:

@@ -5,11 +5,8 @@ Each is a process of its own. A result that is there keeps the rows of the pages
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
-import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
@@ -17,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from peft_fast.errors import DataError, SettingsError, UnsupportedError, fail
+from peft_fast.errors import DataError, SettingsError, fail
 from peft_fast.pages import words
 from peft_fast.recipes import config, examples
 
-from . import harness, machine
+from . import harness, machine, whole
 from .harness import Options
 
 DOCS = Path(config.__file__).parent / "docs"
@@ -47,10 +44,7 @@ def command(task: str) -> str:
 
 def run(options: Options, show, save: Path | None = None) -> dict:
     """One row for each page; the document is also written to `save` after each, beside the rows it had."""
-    more = (options.gate_only, options.peers, options.without, options.dropouts, options.repeats)
-    if any(more) or options.dtypes or options.threads:
-        given = "--gate-only, --peers, --without, --dropout, --repeats, --dtype or --threads"
-        fail(SettingsError, given, "the pages' commands as they are", "leave these options out")
+    whole.only(options, "the pages' commands as they are")
     document = {
         "schema": harness.SCHEMA,
         "bench": "pages",
@@ -68,13 +62,15 @@ def run(options: Options, show, save: Path | None = None) -> dict:
                 document["skipped"].append(task)
                 continue
             progress.case(task)
-            row = _row(task, options, Path(folder) / task) | {"machine": document["machine"]}
+            said = command(task)
+            found = _trained(said, options, Path(folder) / task)
+            row = _row(task, said, found) | {"machine": document["machine"]}
             others = [one for one in document["rows"] if one["title"] != task]
             document["rows"] = sorted([*others, row], key=lambda one: config.TASKS.index(one["title"]))
-            if options.scale == "full" and not _learnt(row):
-                reason = f"{row['metric']} on the validation rows is no better than before training"
-                document["refused"].append({"title": task, "reason": reason})
             print(_line(row), flush=True)
+            if options.scale == "full" and (reason := unlearnt(found)):
+                document["refused"].append({"title": task, "reason": reason})
+                show.refused(task, reason)
             if save:
                 harness.write(save, document)
     return document
@@ -91,9 +87,7 @@ def _kept(save: Path | None, options: Options) -> list[dict]:
     return [row for row in before["rows"] if row["title"] in config.TASKS]
 
 
-def _row(task: str, options: Options, out: Path) -> dict:
-    said = command(task)
-    found = _trained(said, options, out)
+def _row(task: str, said: str, found: dict) -> dict:
     memory, flow, fast = found["memory"], found["throughput"], found["fast"]
     first = next(iter(found["evaluations"]), {})
     return {
@@ -132,19 +126,22 @@ def _trained(said: str, options: Options, out: Path) -> dict:
     for option in ("--model", "--data"):  # fetched before anything is timed
         if examples.named(source := given[given.index(option) + 1]):
             examples.path(source, say=print)
-    line = [sys.executable, "-m", "peft_fast", "train", *given, "--out", str(out), "--device", options.device]
-    done = subprocess.run([*line, *LESS[options.scale]], capture_output=True, text=True, check=False)
-    if done.returncode or not (out / "metrics.json").is_file():
-        text = " ".join((done.stderr or done.stdout).split())[-600:]
-        given = f"`{said}`, which ended with {done.returncode}: {text}"
-        fail(UnsupportedError, given, "a finished run", "mend what it says")
-    return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    return whole.trained([*given, "--out", str(out), "--device", options.device, *LESS[options.scale]], out)
 
 
-def _learnt(row: dict) -> bool:
-    """Is it better than before? What generates is not judged before training."""
-    before, after = (row[when].get(row["metric"]) for when in ("before", "validation"))
-    return before is None or (after is not None and (after > before if row["higher"] else after < before))
+def unlearnt(found: dict) -> str:
+    """Why a run's metrics.json does not show that it learnt; empty where it does."""
+    name, first = found["metric"], next(iter(found["evaluations"]), {})
+    before = first.get(name) if first.get("step") == 0 else None
+    after = (found["final"].get("validation") or {}).get(name)
+    if before is None or after is None:
+        return f"no {name} of the validation rows {'before' if before is None else 'after'} training"
+    if not found["best"]["step"]:
+        return "no evaluation was better than the one before training"
+    if after > before if found["higher"] else after < before:
+        return ""
+    was, now = words.metric(name, before), words.metric(name, after)
+    return f"{name} of the validation rows is {now}, and was {was} before training"
 
 
 def _line(row: dict) -> str:
@@ -179,14 +176,14 @@ def section(task: str, runs: list[dict]) -> str:
 
 def _facts(row: dict) -> list[str]:
     model, fast = row["model"], row["fast"]
-    counts = [f"{count:,} {split}" for split, count in row["rows"].items()]
+    counts = [f"{row['rows'][split]:,} {split}" for split in ("train", "validation", "test") if split in row["rows"]]
     judged = "Before and after are of the validation rows" if row["before"] else "After is of the validation rows"
     share = f"{words.share(row)} of the weights train"
     layers = f"{fast['layers']} of {fast['adapted']} adapted layers fast, {fast['blocks']} MLP blocks as one"
     took = (
         f"{row['steps']:,} steps in {words.seconds(row['train_seconds'])} of training, "
         f"{words.rate(row['per_second'])} {row['unit']}/s, {words.size(row['peak_bytes'])} of memory at the peak "
-        "beyond what the process held before the model was there"
+        f"({words.whose(row['machine'])}) beyond what was held before the model was there"
     )
     return [
         f"{judged}, with the weights of step {row['best_step']:,}",

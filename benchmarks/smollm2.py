@@ -18,11 +18,10 @@ from peft_fast import settings
 from peft_fast.demo import data
 from peft_fast.demo.compare import compare
 from peft_fast.demo.finetune import FAST, STOCK, Recipe
-from peft_fast.errors import SettingsError, fail
 from peft_fast.recipes import fetch
 from peft_fast.recipes.examples.generation import unpack
 
-from . import harness, machine
+from . import harness, machine, whole
 from .harness import Options
 
 NAME = "smollm2-135m"
@@ -44,9 +43,8 @@ def names(device: str) -> tuple[str, ...]:
 
 def run(options: Options, show, save: Path | None = None) -> dict:
     """One row for each dropout and dtype; the document is also written to `save` after each."""
-    if options.gate_only or options.peers or options.without:
-        need = "whole runs by stock PEFT and by peft_fast"
-        fail(SettingsError, "--gate-only, --peers or --without", need, "leave these options out")
+    need = "whole runs by stock PEFT and by peft_fast"
+    whole.only(options, need, "dropouts", "repeats", "dtypes", "threads")
     document = {
         "schema": harness.SCHEMA,
         "bench": "smollm2",

@@ -84,7 +84,7 @@ def summary(result: Mapping[str, Any], folder: Path, console: Any = None) -> Non
     table.add_row(
         "speed", f"{words.rate(speed['per_second'])} {speed['unit']}/s, {words.seconds(result['seconds'])} in all"
     )
-    table.add_row("memory", f"{words.size(result['memory']['peak_bytes'])} at its peak")
+    table.add_row("memory", f"{words.size(words.beyond(result['memory']))} at the peak, beyond what was held before")
     for label, text in _fast(result["fast"], {}):
         table.add_row(label, text)
     for note in result["notes"]:

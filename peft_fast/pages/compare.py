@@ -49,9 +49,11 @@ def warnings(results: Sequence[Result]) -> list[str]:
     differ("task", [r.get("task") for r in results], "their metrics mean different things")
     differ("metric", [r.get("metric") for r in results], "each run kept what was best by its own")
     differ("data", [_given(r, "data") for r in results], "their metrics are of other rows")
-    held = [_held(r) for r in results]
-    differ("rows they are judged by", held, "a difference may be the rows'")
-    differ("training rows", [(r.get("rows") or {}).get("train") for r in results], "one has seen more")
+    drawn = all("drawn" in r for r in results)  # results of an earlier version do not say how
+    differ("rows they are judged by", [_held(r, drawn) for r in results], "a difference may be the rows'")
+    counts = {(r.get("rows") or {}).get("train") for r in results}
+    why = "one has seen more" if len(counts) > 1 else "they have learnt from others"
+    differ("training rows", [_rows(r, "train", drawn) for r in results], why)
     machines = [
         (r.get("machine") or {}).get("gpu", {}).get("name") or (r.get("machine") or {}).get("cpu") for r in results
     ]
@@ -59,13 +61,21 @@ def warnings(results: Sequence[Result]) -> list[str]:
     for name, result in zip(names(results), results, strict=True):
         if result.get("state") != "done":
             found.append(f"{name} was stopped before its end")
+        elif (result.get("best") or {}).get("step") == 0 and (result.get("config") or {}).get("keep_best", True):
+            found.append(f"{name} kept the weights it began with: no evaluation was better")
     return found
 
 
-def _held(result: Result) -> str:
+def _held(result: Result, drawn: bool) -> str:
     split = "test" if (result.get("final") or {}).get("test") else "validation"
-    source, rows = (result.get("sources") or {}).get(split, ""), (result.get("rows") or {}).get(split)
-    return f"{split}: {rows} of {source}" if source else f"{split}: {rows}"
+    source = (result.get("sources") or {}).get(split, "")
+    return f"{split}: {_rows(result, split, drawn)}" + f" of {source}" * bool(source)
+
+
+def _rows(result: Result, split: str, drawn: bool) -> str:
+    """How many rows a split has, and how they were chosen."""
+    how = (result.get("drawn") or {}).get(split) if drawn else None
+    return f"{(result.get('rows') or {}).get(split)}" + f" ({how})" * bool(how)
 
 
 def rows(results: Sequence[Result], asked: str | None = None) -> tuple[list[str], list[list[str]]]:
@@ -125,7 +135,7 @@ def heading(results: Sequence[Result], name: str) -> str:
 
 
 def _short(value: Any) -> str:
-    text = "default" if value is None else str(value)
+    text = "default" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 40 else text[:39] + "…"
 
 

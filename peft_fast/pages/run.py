@@ -123,9 +123,8 @@ def _cards(result: Result, split: str, name: str, value: float | None) -> str:
     flow = result.get("throughput") or {}
     if flow.get("per_second") is not None:
         cards.append((words.count(flow["per_second"]), f"{flow.get('unit', 'rows')} a second, padding not counted"))
-    peak = (result.get("memory") or {}).get("peak_bytes")
-    if peak:
-        cards.append((words.size(peak), "of memory at its peak"))
+    if peak := words.beyond(result.get("memory") or {}):
+        cards.append((words.size(peak), "of memory at the peak, beyond what was held before the model"))
     fast = result.get("fast") or {}
     if fast.get("on"):
         layers = len(fast.get("fast", ())) + len(fast.get("slow", ()))
@@ -230,7 +229,7 @@ def _resources(result: Result) -> list[str]:
     half = []
     for entry, scale, word, text in (
         ("per_second", 1, f"{unit}/s", "Throughput while it trained, padding not counted."),
-        ("memory_bytes", 2**20, "MiB", "Memory while it trained."),
+        ("memory_bytes", 2**20, "MiB", "Memory while it trained, what was held before the model in it."),
     ):
         xs, ys = _curve(result, entry)
         if any(map(math.isfinite, ys)):
@@ -252,11 +251,13 @@ def _memory(result: Result) -> list[str]:
         bars.append(("measured", {key: 0.0 for key in pieces} | {"peak": max(peak - before, 0) / 2**20}))
         bars[0][1]["peak"] = 0.0
         text.append(
-            f"The process held {words.size(before)} before the model was there, {words.size(peak)} at its peak."
+            f"{words.size(before)} before the model was there, {words.size(peak)} at the peak: measured is what lies "
+            f"between, {words.whose(result.get('machine'))}."
         )
         total = forecast.get("total") or sum(pieces.values()) * 2**20
         if peak > before:
-            text.append(f"The forecast is {total / (peak - before):.2f} times what was measured.")
+            times = f"{total / (peak - before):.2f} times what was measured"
+            text.append(f"The forecast counts the tensors of a step alone: {times}.")
     if not bars:
         return [f"<p>Peak memory: {words.size(peak)}.</p>"] if peak else []
     drawing = charts.stacks(bars, "MiB", "memory, forecast and measured")

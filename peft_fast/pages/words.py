@@ -59,6 +59,13 @@ def beyond(memory: dict[str, Any]) -> int | None:
     return None if peak is None else max(0, peak - (memory.get("before_bytes") or 0))
 
 
+def whose(machine: Mapping[str, Any] | None) -> str:
+    """Whose memory a result's figures are, and what is in them besides a step's tensors."""
+    if (machine or {}).get("gpu"):
+        return "torch's on the GPU"
+    return "the process's, with its libraries and what its allocator could not give back"
+
+
 def count(value: float | None) -> str:
     """22.7 M, 14.3 k, 812."""
     if value is None:

@@ -291,7 +291,8 @@ class Config(BaseModel):
     @property
     def head_rate(self) -> float:
         """The head's learning rate in force: at that of adapters it hardly learns what single tokens are."""
-        return self.head_learning_rate or self.rate * (10 if self.method in ADAPTERS else 1)
+        # twelve digits: ten times 9.668e-05 is not 0.0009668000000000001
+        return self.head_learning_rate or float(f"{self.rate * (10 if self.method in ADAPTERS else 1):.12g}")
 
 
 def read(source: str | Path | Mapping[str, Any] | None = None, **options: Any) -> Config:

@@ -34,12 +34,16 @@ SKIP = "mend them, or leave such rows out with bad_rows: skip (--bad-rows skip)"
 LISTED = 20
 
 
+# the options that rows depend on, but for series: those read by what they are for
+READS = {"task", "data", "columns", "subset", "network", "seed", "validation_share"}
+READS |= {"train_rows", "validation_rows", "test_rows"}
+
 _kept: dict[str, tuple[Splits, dict[str, Any]]] | None = None
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Inside, rows are read once for the same options of data: the runs of a search differ in others."""
+    """Inside, rows are read once for the same READS, and one reading is kept: the runs of a search differ in others."""
     global _kept
     before, _kept = _kept, {}
     try:
@@ -52,10 +56,9 @@ def read(config: Config, task: Task, say: Callable[[str], None] = lambda text: N
     """The splits of ``config.data``; validation is made of train where there is none."""
     if _kept is None or task.modality == "series":  # a series task notes more than rows while it reads
         return _read(config, task, say)
-    fields = {name: field.json_schema_extra["section"] for name, field in Config.model_fields.items()}
-    chosen = {name for name, section in fields.items() if section in ("what", "data")} - {"method"} | {"seed"}
-    key = config.model_dump_json(include=chosen)
+    key = config.model_dump_json(include=READS, exclude_unset=True)  # whether it was given is said in a note
     if key not in _kept:
+        _kept.clear()
         _kept[key] = _read(config, task, say), {name: v for name, v in task.facts.items() if name.endswith(" of")}
     splits, facts = _kept[key]
     task.facts |= facts
@@ -289,12 +292,15 @@ def inputs(task: Task, rows: Dataset) -> list[Column]:
     return [c for c in task.columns if c.role in rows.column_names and not columns.is_truth(c)]
 
 
-def keys(parts: Sequence[Dataset], wanted: Sequence[Column]) -> list[list[Any]]:
-    """Of each row of each part what makes it the same as another: its text without case and blanks, a file's bytes."""
+def keys(parts: Sequence[Dataset], wanted: Sequence[Column], whole: bool = False) -> list[list[Any]]:
+    """Of each row of each part what makes it the same as another: its text without case and blanks, a file's bytes.
+
+    ``whole``: also what makes it the same as a row that is not there.
+    """
     found: list[list[list[Any]]] = [[] for _ in parts]
     for column in wanted:
         if column.holds in columns.MEDIA:
-            made = media.digests(parts, column.role)
+            made = media.digests(parts, column.role, whole)
         elif column.holds in ("text", "messages"):
             made = [[" ".join((cell or "").casefold().split()) for cell in part[column.role][:]] for part in parts]
         else:
@@ -308,7 +314,7 @@ def fingerprint(splits: Splits, task: Task) -> dict[str, list[Any]]:
     """Of each split how many rows it has, and a digest of them."""
     wanted = [c for c in task.columns if all(c.role in rows.column_names for rows in splits.values())]
     found: dict[str, list[Any]] = {}
-    for name, made in zip(splits, keys(list(splits.values()), wanted), strict=True):
+    for name, made in zip(splits, keys(list(splits.values()), wanted, whole=True), strict=True):
         digest = hashlib.sha256()
         for row in made:
             digest.update(repr(row).encode("utf-8", "backslashreplace"))
@@ -325,6 +331,7 @@ def _hold_out(splits: Splits, task: Task, config: Config) -> None:
         splits["train"], splits["validation"] = divided
         splits.sources["validation"] = splits.sources["train"]
         splits.notes.append(f"no validation split: {len(divided[1]):,} of {len(rows):,} training rows are held out")
+        _part(splits, f"the last {config.validation_share:g} of train")
         return
     held = _held(rows, task, config)
     if not held or len(held) == len(rows):
@@ -336,6 +343,12 @@ def _hold_out(splits: Splits, task: Task, config: Config) -> None:
     splits.notes.append(
         f"no validation split: {len(held):,} of {len(rows):,} training rows are held out (seed {config.seed})"
     )
+    _part(splits, f"{config.validation_share:g} of train, drawn by seed {config.seed}")
+
+
+def _part(splits: Splits, share: str) -> None:
+    splits.choose("validation", share)
+    splits.choose("train", f"without {share}")
 
 
 def _held(rows: Dataset, task: Task, config: Config) -> set[int]:
@@ -375,5 +388,7 @@ def _draw(splits: Splits, split: str, task: Task, config: Config) -> None:
     drawn = task.draw(rows, most, split)
     if drawn is not None:
         splits[split] = drawn
+        splits.choose(split, f"{most:,} at most")
         return
     splits.select(split, sorted(random.Random(config.seed).sample(range(len(rows)), most)))
+    splits.choose(split, f"{most:,} drawn by seed {config.seed}")

@@ -43,7 +43,10 @@ class Stopper(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {signum: signal.signal(signum, self._asked) for signum in (signal.SIGINT, signal.SIGTERM)}
+        # what was to be ignored stays ignored: a run in the background hears the Ctrl-C of the foreground
+        before = {s: had for s in (signal.SIGINT, signal.SIGTERM) if (had := signal.getsignal(s)) != signal.SIG_IGN}
+        for signum in before:
+            signal.signal(signum, self._asked)
         try:
             yield
         finally:

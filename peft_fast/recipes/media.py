@@ -156,9 +156,12 @@ def _reason(error: Exception) -> str:
     return text.partition(": ")[2] or text if text.startswith("Error opening") else text
 
 
-def digests(parts: Sequence[Dataset], role: str) -> list[list[str]]:
-    """Of each row's file, in all of the parts, a digest of its bytes; a file whose size no other has is not read."""
-    counted = Counter(_size(cell) for part in parts for cell in cells(part, role))
+def digests(parts: Sequence[Dataset], role: str, whole: bool = False) -> list[list[str]]:
+    """Of each row's file, in all of the parts, a digest of its bytes.
+
+    If not ``whole``, a file whose size no other has is not read: its size tells it from them.
+    """
+    counted = None if whole else Counter(_size(cell) for part in parts for cell in cells(part, role))
     return [[_digest(cell, counted) for cell in cells(part, role)] for part in parts]
 
 
@@ -170,11 +173,11 @@ def _size(cell: Any) -> int:
         return -1
 
 
-def _digest(cell: Any, counted: Counter) -> str:
+def _digest(cell: Any, counted: Counter | None) -> str:
     size = _size(cell)
     if size < 0:
         return repr(cell)
-    if counted[size] == 1:
+    if counted and counted[size] == 1:
         return str(size)
     opened = _opened(cell)
     raw = opened.getvalue() if isinstance(opened, io.BytesIO) else Path(opened).read_bytes()

@@ -37,7 +37,13 @@ class Screen:
         if self.own is not None:
             self.own(text)
         elif not self.quiet:
-            self.console.print(text, style=style, markup=False, soft_wrap=True)
+            try:
+                self.console.print(text, style=style, markup=False, soft_wrap=True)
+            except KeyboardInterrupt:
+                # rich keeps what it had not finished writing, and would write it before the next line
+                with self.console.capture():
+                    pass
+                raise
 
 
 class Progress(TrainerCallback):

@@ -62,6 +62,21 @@ def config_of(folder: str | Path, **options: Any) -> Config:
     return configs.read(folder / CONFIG, **options)
 
 
+def hold(lock: IO[str], folder: Path, doing: str) -> None:
+    """Locks the file until it is closed; refuses a folder in which another process is ``doing`` something."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: nothing warns of two runs in one folder there
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        given = f"out: {folder}, where another process is {doing}"
+        fail(SettingsError, given, "a folder for this run alone", "wait for it, or pass another --out", error)
+    except OSError:  # nor on a file system without locks
+        return
+
+
 def write_json(path: Path, value: Any) -> None:
     """Strict JSON, whole or not at all; what is not finite becomes null."""
     write(path, json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -102,7 +117,7 @@ class Record:
         if folder.exists() and not folder.is_dir():
             fail(SettingsError, f"out: {folder}, a file", "a folder", "pass another --out")
         with contextlib.suppress(OSError), (folder / LOCK).open() as lock:
-            self._hold(lock)  # asked again when the folder is taken
+            hold(lock, self.folder, "training")  # asked again when the folder is taken
         if config.resume and (folder / CONFIG).exists():
             self._same()
         # nothing there yet: a job that is always started with --resume begins once
@@ -143,25 +158,11 @@ class Record:
     def _take(self) -> None:
         lock = (self.folder / LOCK).open("w")
         try:
-            self._hold(lock)
+            hold(lock, self.folder, "training")
         except SettingsError:
             lock.close()
             raise
         self.lock = lock
-
-    def _hold(self, lock: IO[str]) -> None:
-        """Locks the file until it is closed; refuses a folder that another process trains in."""
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system: nothing warns of two runs in one folder there
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            given = f"out: {self.folder}, where another process is training"
-            fail(SettingsError, given, "a folder for this run alone", "wait for it, or pass another --out", error)
-        except OSError:  # nor on a file system without locks
-            return
 
     def _rows(self, learnt: dict[str, Any]) -> None:
         try:

@@ -125,6 +125,7 @@ def description(prepared: Prepared) -> dict[str, Any]:
         "unit": prepared.task.unit,
         "rows": prepared.rows,
         "sources": dict(getattr(prepared.splits, "sources", {})),
+        "drawn": dict(getattr(prepared.splits, "drawn", {})),
         "notes": list(prepared.notes),
         "model": about(prepared.model, config),
     }

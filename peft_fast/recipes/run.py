@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from peft_fast import settings
-from peft_fast.errors import SettingsError, UnsupportedError, fail, program
+from peft_fast.errors import SettingsError, fail, program
 from peft_fast.recipes import config as configs
 from peft_fast.recipes import record as records
+from peft_fast.recipes import reporters, tasks
 from peft_fast.recipes import result as results
-from peft_fast.recipes import tasks
 from peft_fast.recipes.config import ADAPTERS, Config
 from peft_fast.recipes.process import Memory, as_it_was, device_of, generators_kept, need_packages
 
@@ -89,7 +89,8 @@ def train(
         try:
             prepared = prepare(config, screen.say)
             record.open(prepared.task.facts, prepared.rows)
-            return _train(prepared, record, screen, callbacks, began)
+            with reporters.closed(config):
+                return _train(prepared, record, screen, callbacks, began)
         except Exception as error:
             records.full(error, record.folder)
             raise
@@ -141,7 +142,7 @@ def prepare(config: Config, say: Say = lambda text: None, forecast_only: bool = 
     from transformers import set_seed
 
     from peft_fast.recipes import checks, data, methods, optimizer
-    from peft_fast.recipes.trainer import arguments, check_reporters, steps_per_epoch
+    from peft_fast.recipes.trainer import arguments, steps_per_epoch
 
     task = tasks.get(config.task)(config)
     if config.metric and config.metric not in task.judged_by:
@@ -151,7 +152,7 @@ def prepare(config: Config, say: Say = lambda text: None, forecast_only: bool = 
     device = device_of(config)
     load_dtype, precision = methods.dtypes(config, task.modality)
     # for what it says about training_arguments and report_to, before anything is read
-    check_reporters(config)
+    reporters.check(config)
     arguments(config, task, config.out, 1, device, False, precision)
     set_seed(config.seed)
     splits = data.read(config, task)
@@ -216,20 +217,9 @@ def trainer(prepared: Prepared, folder: Path | str, callbacks: Sequence[Any] = (
         own.append(Unfreezing(config, prepared.model, prepared.task))
     if config.early_stopping:
         own.append(EarlyStoppingCallback(config.early_stopping, config.min_delta))
-    if "tensorboard" in config.report_to:
-        own.append(_board(Path(folder).parent / records.BOARD))
+    if reporters.BOARD in config.report_to:
+        own.append(reporters.board(Path(folder).parent / records.BOARD))
     return RecipeTrainer(config, prepared.task, prepared.model, prepared.features, args, [*own, *callbacks])
-
-
-def _board(folder: Path) -> Any:
-    """TensorBoard's callback, with its files beside the checkpoints rather than among them."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        fail(UnsupportedError, "report_to: tensorboard", "TensorBoard", "run `pip install tensorboard`", error)
-    from transformers.integrations import TensorBoardCallback
-
-    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
 
 
 def forecast_of(prepared: Prepared) -> dict[str, Any]:

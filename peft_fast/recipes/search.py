@@ -89,14 +89,7 @@ def _held(folder: Path, config: Config) -> Iterator[bool]:
     with contextlib.ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context((folder / ".lock").open("w"))
-        with contextlib.suppress(ImportError):
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                do = "wait for it, or pass another --out"
-                fail(SettingsError, f"out: {folder}, where another process is searching", "a folder", do, error)
+        record.hold(lock, folder, "searching")
         if config.overwrite and there:
             for name in ("study.db", "search.yaml", "best.yaml", "trials.csv", "trials.json", "report.html"):
                 (folder / name).unlink(missing_ok=True)
@@ -351,7 +344,10 @@ def free() -> None:
 
     import torch
 
+    from peft_fast.recipes import process
+
     gc.collect()
+    process.trim()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -22,6 +22,7 @@ class Splits(dict):
         self.notes: list[str] = []
         self.problems: list[Problem] = []
         self.names: dict[str, str] = {}  # role -> column, as the user knows it
+        self.drawn: dict[str, str] = {}  # how its rows were chosen, of a split that has not all of a source's
         self._files: dict[str, list[str]] = {}  # of each row, where a split has several
 
     def add(self, split: str, rows: Dataset, source: str, files: list[str] | None = None) -> None:
@@ -32,6 +33,10 @@ class Splits(dict):
     def file(self, split: str, place: int) -> str:
         """The name of the file that row ``place`` of the split is from."""
         return self._files[split][place] if split in self._files else self.sources[split]
+
+    def choose(self, split: str, how: str) -> None:
+        """Remember how the split's rows were chosen, besides what was done to it before."""
+        self.drawn[split] = "; ".join(filter(None, [self.drawn.get(split), how]))
 
     def select(self, split: str, places: Sequence[int], into: str | None = None) -> None:
         """Keep only these rows of the split, in this order; with ``into`` as another split."""

@@ -25,6 +25,7 @@ from transformers.training_args import ParallelMode
 
 from peft_fast.errors import DataError, SettingsError, UnsupportedError, fail, program
 from peft_fast.recipes import optimizer as optimizers
+from peft_fast.recipes import reporters
 from peft_fast.recipes.batches import Collator, Order
 from peft_fast.recipes.checkpoints import AtomicCheckpoints
 from peft_fast.recipes.clock import Clock, Turns
@@ -61,14 +62,14 @@ def arguments(
         save_strategy="steps",
         save_steps=save,
         save_total_limit=config.keep,
-        eval_on_start=not resuming and not task.generates,
+        eval_on_start=not resuming,
         metric_for_best_model=metric,
         greater_is_better=task.judged_by[metric],
         load_best_model_at_end=False,  # asks that all evaluations be saved; run.py loads the best
         logging_steps=config.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is gone must show
-        report_to=[name for name in config.report_to if name != "tensorboard"] or "none",
+        report_to=reporters.named(config),
         run_name=config.name or config.out.name,
         seed=config.seed,
         data_seed=config.seed,
@@ -91,19 +92,6 @@ def arguments(
         fail(UnsupportedError, "a distributed launch", "one process", f"start `{program()} train` without a launcher")
     made._n_gpu = min(made.n_gpu, 1)  # DataParallel would copy the adapters at every step
     return made
-
-
-def check_reporters(config: Config) -> None:
-    """Refuses a name in report_to that transformers does not know, or whose package is not here."""
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    known, here = INTEGRATION_TO_CALLBACK, get_available_reporting_integrations()
-    for name in config.report_to:
-        if name not in known:
-            fail(SettingsError, f"report_to: {name}", f"of {', '.join(sorted(known))}", "correct it or leave it out")
-        if name not in here:
-            fail(UnsupportedError, f"report_to: {name}", f"the package of {name}", f"run `pip install {name}`")
 
 
 def steps_per_epoch(config: Config, rows: int) -> int:

@@ -44,7 +44,7 @@ def trained(monkeypatch):
             (out / "metrics.json").write_text(json.dumps(made.found))
         return SimpleNamespace(returncode=made.code, stdout="", stderr="given: no such thing")
 
-    monkeypatch.setattr(pages, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(pages.whole, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(pages.examples, "path", lambda source, say=print: source)
     return made
 
@@ -77,13 +77,32 @@ def test_a_result_of_another_kind_is_not_written_over(trained, tmp_path):
     assert trained.lines[0][-2:] == ["--steps", "2"] and len(trained.lines) == 1
 
 
-def test_what_learnt_nothing_is_refused(trained, tmp_path):
+@pytest.mark.parametrize(
+    ("better", "changes", "why"),
+    [
+        (0.8, {}, ""),
+        (0.2, {"higher": False}, ""),
+        (0.2, {}, "f1 of the validation rows is 20.0 %, and was 25.0 % before training"),
+        (0.8, {"higher": False}, "is 80.0 %, and was 25.0 %"),
+        (0.25, {}, "is 25.0 %, and was 25.0 %"),
+        (0.8, {"best": {"step": 0, "value": 0.25}}, "no evaluation was better than the one before training"),
+        (0.8, {"evaluations": metrics()["evaluations"][1:]}, "no f1 of the validation rows before training"),
+        (0.8, {"evaluations": []}, "no f1 of the validation rows before training"),
+        (0.8, {"metric": "wer"}, "no wer of the validation rows before training"),
+        (0.8, {"final": {"test": {"f1": 0.9}}}, "no f1 of the validation rows after training"),
+    ],
+)
+def test_what_learnt_nothing_is_refused(trained, capsys, better, changes, why):
+    trained.found = metrics(better) | changes
+    found = pages.unlearnt(trained.found)
+    assert why in found and bool(why) == bool(found)
+    assert bench.app(["pages", "--model", "regression", "--device", "cpu"]) == bool(why)
+    assert why in capsys.readouterr().out
+
+
+def test_a_few_steps_need_not_have_learnt(trained):
     trained.found = metrics(0.2)
-    assert bench.app(["pages", "--model", "regression", "--device", "cpu"]) == 1
-    trained.found["higher"] = False
-    assert bench.app(["pages", "--model", "regression", "--device", "cpu"]) == 0
-    trained.found |= {"higher": True, "evaluations": trained.found["evaluations"][1:]}  # no figure from before
-    assert bench.app(["pages", "--model", "regression", "--device", "cpu"]) == 0
+    assert bench.app(["pages", "--model", "regression", "--tiny", "--device", "cpu"]) == 0
 
 
 def test_a_run_that_fails_says_why(trained):
@@ -94,7 +113,7 @@ def test_a_run_that_fails_says_why(trained):
 
 @pytest.mark.parametrize("more", [["--gate-only"], ["--threads", "1"], ["--dtype", "bf16"], ["--plot", "x.png"]])
 def test_options_that_would_change_the_command(trained, more):
-    with pytest.raises(SettingsError):
+    with pytest.raises(SettingsError, match=f"given: {more[0]}"):
         bench.app(["pages", *more])
     assert not trained.lines
 
@@ -107,7 +126,7 @@ def test_the_page_has_the_figures_of_its_command_alone(trained, tmp_path, monkey
     assert "|  | before training | after | test rows |" in text
     assert "| `f1` | 25.0 % | 80.0 % | 75.1 % |\n| `loss` | 1 | 0.5 | 0.625 |" in text
     assert "3,200 train, 16 validation, 40 test of toy.csv" in text and "2 of 3 adapted layers fast, 1 MLP" in text
-    assert "8 steps in 1 min 30 s of training, 1,234 tokens/s, 200.0 MiB of memory" in text
+    assert "8 steps in 1 min 30 s of training, 1,234 tokens/s, 200.0 MiB of memory at the peak (the process's" in text
     assert "with the weights of step 4" in text and "torch 2" in text
     assert pages.section("causal-lm", [document]) == pages.NONE.format(task="causal-lm", file=pages.FILE)
     document["rows"][0]["command"] += " --epochs 9"

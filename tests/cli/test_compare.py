@@ -109,14 +109,55 @@ def test_lower_is_better_where_it_is():
         ({"metric": "f1"}, "not the same metric"),
         ({"config": {"data": "other.csv"}}, "not the same data"),
         ({"rows": {"train": 100, "test": 9}}, "not the same rows they are judged by"),
-        ({"rows": {"train": 9, "test": 20}}, "not the same training rows"),
+        ({"rows": {"train": 9, "test": 20}}, "not the same training rows (100; 9): one has seen more"),
         ({"machine": {"cpu": "another"}}, "not the same machine"),
         ({"state": "stopped"}, "two was stopped"),
+        ({"best": {"step": 0, "value": 0.8}}, "two kept the weights it began with"),
     ],
 )
 def test_what_should_not_stand_side_by_side_is_said(changes, said):
     found = page.warnings([result(), result("two") | changes])
     assert len(found) == 1 and said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"state": "stopped", "best": {"step": 0, "value": 0.8}}, "was stopped"),
+        ({"config": result()["config"] | {"keep_best": False}, "best": {"step": 0, "value": 0.8}}, ""),
+        ({"best": None}, ""),
+    ],
+)
+def test_the_weights_a_run_began_with_are_only_named_where_they_were_kept(changes, said):
+    found = page.warnings([result(), result("two") | changes])
+    assert len(found) == bool(said) and said in "".join(found)
+
+
+def drawn(seed, **more):
+    """A result with validation rows that are held out of train."""
+    how = f"0.1 of train, drawn by seed {seed}"
+    found = result(str(seed)) | {"drawn": {"validation": how, "train": f"without {how}"}}
+    return found | {"final": {"validation": {"accuracy": 0.8}}, "rows": {"train": 90, "validation": 10}} | more
+
+
+def test_rows_that_another_seed_held_out_are_other_rows():
+    judged, learnt = page.warnings([drawn(0), drawn(1)])
+    rows = "validation: 10 (0.1 of train, drawn by seed 0); validation: 10 (0.1 of train, drawn by seed 1)"
+    assert judged == f"not the same rows they are judged by ({rows}): a difference may be the rows'"
+    assert learnt.startswith("not the same training rows (90 (without") and learnt.endswith("learnt from others")
+    assert page.warnings([drawn(0), drawn(0)]) == []
+    # test rows of their own judge both
+    (learnt,) = page.warnings([drawn(seed, final={"test": {"accuracy": 0.8}}) for seed in (0, 1)])
+    assert learnt.startswith("not the same training rows")
+    # a result of before does not say
+    old = drawn(1)
+    del old["drawn"]
+    assert page.warnings([drawn(0), old]) == []
+
+
+def test_numbers_are_as_short_as_they_can_be():
+    runs = [result(str(rate), head_learning_rate=rate, r=rank) for rate, rank in ((9.668e-5 * 10, 8), (1e-05, 16))]
+    assert page.options(runs)[1] == [["r", "8", "16"], ["head_learning_rate", "0.0009668", "1e-05"]]
 
 
 def test_a_folder_of_runs(folders, tmp_path, capsys):

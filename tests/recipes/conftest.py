@@ -78,6 +78,15 @@ def options(tiny_bert, reviews, tmp_path):
     return usual(tiny_bert, reviews, tmp_path / "run")
 
 
+@pytest.fixture(scope="session")
+def whole(tiny_bert, reviews, tmp_path_factory):
+    """A run of the usual options that nobody disturbed."""
+    from peft_fast.recipes import run
+
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return run.train(usual(tiny_bert, reviews, out), say=lambda line: None)
+
+
 @pytest.fixture
 def learn(options, monkeypatch):
     """learn(callbacks=..., **more options) -> Run, its .said the lines. No forecast: that is a third of the time."""

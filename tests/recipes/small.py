@@ -26,6 +26,8 @@ from peft_fast.recipes import checkpoints
 from peft_fast.recipes.checkpoints import AtomicCheckpoints
 
 ROWS, LENGTH, WORDS = 22, 12, 50
+# options of a run of six steps
+SHORT = {"num_train_epochs": 1, "save_steps": 2, "eval_steps": 2, "save_total_limit": 9}
 
 
 class Rows(torch.utils.data.Dataset):

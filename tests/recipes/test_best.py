@@ -5,7 +5,7 @@ import torch
 
 from peft_fast.recipes import run
 from peft_fast.recipes.trainer import RecipeTrainer
-from tests.recipes.test_run import course, same, weights
+from tests.recipes.runs import course, same, weights
 
 
 @pytest.mark.parametrize("best", [0, 3])

@@ -13,7 +13,7 @@ import peft_fast
 from peft_fast.benchmarks.memory import peak_bytes
 from peft_fast.recipes import forecast, methods, optimizer, rehearse
 from tests.architectures.zoo import ARCHITECTURES
-from tests.recipes.test_methods import AnyTask, config, prepared
+from tests.recipes.anytask import AnyTask, config, prepared
 
 # what a forecast may be off by: libraries take a little inside their operators
 OFF = 0.05

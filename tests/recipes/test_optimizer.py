@@ -10,7 +10,7 @@ import torch
 from peft_fast.errors import SettingsError
 from peft_fast.recipes import optimizer, structure
 from tests.architectures.zoo import ARCHITECTURES
-from tests.recipes.test_methods import SOME, config, prepared, trained
+from tests.recipes.anytask import SOME, config, prepared, trained
 
 METHODS = ("head", "lora", "full")
 

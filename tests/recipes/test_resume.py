@@ -104,6 +104,8 @@ def test_more_patience_goes_on_where_less_had_stopped(tmp_path):
     options = {"save_steps": 2, "num_train_epochs": 2}
     first = finish(tmp_path, "lora", patience=1, **options)
     assert max(entry["step"] for entry in first["log"]) == 4
+    # and with as much, none
+    assert_equal(first, finish(tmp_path, "lora", patience=1, **options))
     second = finish(tmp_path, "lora", patience=3, **options)
     assert max(entry["step"] for entry in second["log"]) == 8
 

@@ -110,7 +110,11 @@ def test_the_page_shows_what_the_result_says():
         *("Sequence classification: accuracy 84.6 %", "3 min 05 s", "9.1 k", "1.00 GiB", "227.0 k of 22.7 M (1 %)"),
         *("before training 50.1 %", "best 85.7 %", "best at step 20", "8,000 training rows", "avx2", "2.13.0"),
         *("+2 layers", "size 128", "resumed", "early stop", "1 of 2", "3,456 calls", "layer.0.&lt;key&gt;"),
-        *("6 groups of layers with one input and 3 MLP blocks", "The forecast is 0.75 times what was measured"),
+        *("6 groups of layers with one input and 3 MLP blocks", "<b>256.0 MiB</b>of memory at the"),
+        *(
+            "768.0 MiB before the model was there, 1.00 GiB at the peak: measured is what lies between, the process",
+            "The forecast counts the tensors of a step alone: 0.75 times what was measured.",
+        ),
         *(
             "12 rows were cut",
             "Learning rate",

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from peft_fast.recipes import optimizer
 from peft_fast.recipes.unfreeze import Unfreezing, history
-from tests.recipes.test_methods import AnyTask, config, prepared, trained
+from tests.recipes.anytask import AnyTask, config, prepared, trained
 
 ROWS = [
     {"input_ids": torch.tensor([5 + i % 7, 9, 11, 6 + i % 3]), "labels": torch.tensor(i % 2)} for i in range(16)

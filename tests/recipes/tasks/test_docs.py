@@ -1,6 +1,8 @@
-"""Every command on a page of the docs parses; the first of each page trains two steps; all run as they are (slow)."""
+"""The pages' commands: all parse; the first trains two steps; all run as they are, and the first learns (slow)."""
 
 import importlib
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -10,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from peft_fast import settings
+from peft_fast.benchmarks import pages
 from peft_fast.cli import options as flags
 from peft_fast.cli import train
 from peft_fast.errors import DataError, PeftFastError
-from peft_fast.recipes import config, examples
+from peft_fast.recipes import config, examples, record
 
 DOCS = Path(train.__file__).parents[1] / "recipes" / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -87,11 +90,16 @@ def test_the_first_command_of_a_page_trains(line, tmp_path, download_cache, caps
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_all_commands_of_a_page_run_as_they_are(page, tmp_path, download_cache):
-    import os
-
+    """In processes of their own, on the data and the model that they name; a task's first one learns."""
     environment = os.environ | {"PEFT_FAST_CACHE": str(download_cache), "PYTHONPATH": str(DOCS.parents[2])}
+    first = next((line for line in FIRST if page.stem in line), None)
     for line in commands(page):
-        if not made_of_files(line):
-            command = [sys.executable, "-m", "peft_fast", *line[1:]]
-            ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-            assert ran.returncode == 0, f"{shlex.join(line)}\n{ran.stdout}{ran.stderr}"
+        if made_of_files(line):
+            continue
+        command = [sys.executable, "-m", "peft_fast", *line[1:]]
+        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, f"{shlex.join(line)}\n{ran.stdout}{ran.stderr}"
+        if line == first:
+            found = record.read(tmp_path / line[line.index("--out") + 1])
+            assert found["model"]["name"] == line[line.index("--model") + 1]
+            assert not pages.unlearnt(found), f"{shlex.join(line)}\n{json.dumps(found['evaluations'], indent=1)}"

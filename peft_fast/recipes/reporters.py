@@ -1,0 +1,62 @@
+"""Who else watches a run: the Trainer's own callbacks for W&B, TensorBoard and the like, named by report_to."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from peft_fast.errors import SettingsError, UnsupportedError, fail
+from peft_fast.recipes.config import Config
+
+BOARD = "tensorboard"
+
+
+def check(config: Config) -> None:
+    """Refuses a name in report_to that transformers does not know, or whose package is not here."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    known, here = INTEGRATION_TO_CALLBACK, get_available_reporting_integrations()
+    for name in config.report_to:
+        if name not in known:
+            fail(SettingsError, f"report_to: {name}", f"of {', '.join(sorted(known))}", "correct it or leave it out")
+        if name not in here:
+            fail(UnsupportedError, f"report_to: {name}", f"the package of {name}", f"run `pip install {name}`")
+
+
+def named(config: Config) -> list[str] | str:
+    """What TrainingArguments makes callbacks of; TensorBoard's is `board`'s."""
+    return [name for name in config.report_to if name != BOARD] or "none"
+
+
+def board(folder: Path) -> Any:
+    """TensorBoard's callback, with its files in ``folder`` rather than among the checkpoints."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        fail(UnsupportedError, "report_to: tensorboard", "TensorBoard", "run `pip install tensorboard`", error)
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
+
+
+@contextlib.contextmanager
+def closed(config: Config) -> Iterator[None]:
+    """A run of W&B that training opens inside ends with it, or the next training would go on in it.
+
+    One that was open before is its owner's.
+    """
+    wandb = sys.modules.get("wandb") if "wandb" in config.report_to else None
+    if wandb is None or wandb.run is not None:
+        yield
+        return
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if wandb.run is not None:
+            wandb.finish(exit_code=int(failed))
