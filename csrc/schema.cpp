@@ -7,6 +7,8 @@
 #include "cpu/lora_linear.h"
 #include "cpu/lora_mixed.h"
 #include "cpu/lora_mlp.h"
+#include "cpu/lora_quantized.h"
+#include "cpu/nf4.h"
 
 namespace peft_fast {
 
@@ -46,7 +48,7 @@ STABLE_TORCH_LIBRARY(peft_fast, m) {
       "int padding, bool[] needs) -> (Tensor, Tensor)");
   m.def(
       "lora_decode(Tensor x, Tensor w, Tensor? bias, Tensor[] a, Tensor[] b, Tensor?[] low_biases, float[] scalings, "
-      "bool transposed) -> Tensor");
+      "bool transposed, int[] order=[], int[] counts=[]) -> Tensor");
   m.def(
       "lora_mixed(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor?[] biases, int[] order, int[] counts, "
       "float[] scalings) -> ()");
@@ -56,7 +58,17 @@ STABLE_TORCH_LIBRARY(peft_fast, m) {
   m.def(
       "lora_experts_backward(Tensor g, Tensor x, Tensor w, Tensor a, Tensor b, Tensor h, Tensor order, Tensor counts, "
       "int k, int[] ranks, float[] scalings, bool transposed, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("dora_rows(Tensor w, Tensor a, bool transposed) -> (Tensor, Tensor)");
+  m.def("nf4(Tensor data, Tensor scales, Tensor code, int block, int N, int K, bool bf16) -> Tensor");
+  m.def("nf4_scales(Tensor absmax, Tensor code, Tensor outer, Tensor offset, int block) -> Tensor");
+  m.def(
+      "lora_quantized(Tensor x, Tensor w, Tensor codes, Tensor scales, Tensor? meaning, Tensor? zeros, int block, "
+      "Tensor? bias, Tensor a, Tensor b, Tensor? seed, int[] ranks, float[] scalings, float[] ps) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "lora_quantized_backward(Tensor g, Tensor x, Tensor w, Tensor codes, Tensor scales, Tensor? meaning, "
+      "Tensor? zeros, int block, Tensor a, Tensor b, Tensor h, Tensor? seed, int[] ranks, float[] scalings, float[] ps, "
+      "bool[] needs, bool wide_dx) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("dora_norm(Tensor w, Tensor a, Tensor b, Tensor gram, float scaling, bool transposed) -> Tensor");
   m.def(
       "dora_linear(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, Tensor c, Tensor? seed, float scaling, "
       "float p, bool transposed, bool keep, Tensor? packed=None) -> (Tensor, Tensor, Tensor)");
@@ -98,7 +110,11 @@ STABLE_TORCH_LIBRARY_IMPL(peft_fast, CPU, m) {
   m.impl("lora_mixed", TORCH_BOX(&peft_fast::lora_mixed));
   m.impl("lora_experts", TORCH_BOX(&peft_fast::lora_experts));
   m.impl("lora_experts_backward", TORCH_BOX(&peft_fast::lora_experts_backward));
-  m.impl("dora_rows", TORCH_BOX(&peft_fast::dora_rows));
+  m.impl("nf4", TORCH_BOX(&peft_fast::nf4));
+  m.impl("nf4_scales", TORCH_BOX(&peft_fast::nf4_scales));
+  m.impl("lora_quantized", TORCH_BOX(&peft_fast::lora_quantized));
+  m.impl("lora_quantized_backward", TORCH_BOX(&peft_fast::lora_quantized_backward));
+  m.impl("dora_norm", TORCH_BOX(&peft_fast::dora_norm));
   m.impl("dora_linear", TORCH_BOX(&peft_fast::dora_linear));
   m.impl("dora_linear_backward", TORCH_BOX(&peft_fast::dora_linear_backward));
   m.impl("pack_weight", TORCH_BOX(&peft_fast::pack_weight));

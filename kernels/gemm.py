@@ -18,6 +18,22 @@ def place(tile, tiles_m, tiles_n, GM: tl.constexpr):
 
 
 @triton.jit
+def add_strips(acc, x_ptrs, W_ptrs, K, W_sk, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr):
+    """x_ptrs (BM, BK), W_ptrs (BK, BN) at the first of K columns -> acc (BM, BN) + x·Wᵀ; those of x are neighbours."""
+    for k in range(0, K, BK):
+        if EVEN_K:
+            xt, wt = tl.load(x_ptrs), tl.load(W_ptrs)
+        else:
+            inside = k + tl.arange(0, BK) < K
+            xt = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
+            wt = tl.load(W_ptrs, mask=inside[:, None], other=0.0)
+        acc = tl.dot(xt, wt, acc, input_precision=PRECISION)
+        x_ptrs += BK
+        W_ptrs += BK * W_sk
+    return acc
+
+
+@triton.jit
 def add_product(
     acc,
     x,
@@ -50,14 +66,5 @@ def add_product(
         cols = ((n + tl.arange(0, BN)) % N).to(tl.int64)
         x_ptrs = x + rows[:, None] * x_sm + tl.arange(0, BK)[None, :]
         W_ptrs = W + cols[None, :] * W_sn + tl.arange(0, BK)[:, None].to(tl.int64) * W_sk
-        for k in range(0, K, BK):
-            if EVEN_K:
-                xt, wt = tl.load(x_ptrs), tl.load(W_ptrs)
-            else:
-                inside = k + tl.arange(0, BK) < K
-                xt = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
-                wt = tl.load(W_ptrs, mask=inside[:, None], other=0.0)
-            acc = tl.dot(xt, wt, acc, input_precision=PRECISION)
-            x_ptrs += BK
-            W_ptrs += BK * W_sk
+        acc = add_strips(acc, x_ptrs, W_ptrs, K, W_sk, EVEN_K, PRECISION, BK)
     return acc

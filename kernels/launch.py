@@ -15,10 +15,11 @@ KNOWN = triton.__version__.startswith(("3.6.", "3.7.")) and not INTERPRETED
 _compiled: dict[tuple, object] = {}
 
 
-def launch(kernel, grid, operands, free, sizes, constants, tile):
+def launch(kernel, grid, operands, free, sizes, constants, tile, **options):
     """kernel[grid](*operands, *free, *sizes, *constants): the order of the kernel's parameters.
 
-    ``free`` are the numbers that specialise nothing, such as M; ``constants`` are its constexpr parameters.
+    ``free`` are the numbers that specialise nothing, such as M; ``constants`` are its constexpr parameters,
+    ``options`` the compiler's own, always the same for a kernel.
     """
     args = (*operands, *free, *sizes, *constants)
     if KNOWN:
@@ -43,7 +44,7 @@ def launch(kernel, grid, operands, free, sizes, constants, tile):
                 *args,
             )
             return
-    found = kernel[grid](*args, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    found = kernel[grid](*args, num_warps=tile.num_warps, num_stages=tile.num_stages, **options)
     if KNOWN and found is not None:
         _compiled[key] = found
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-OPS = ("shrink", "shrink_outer", "outer", "expand", "fused")
+OPS = ("shrink", "shrink_outer", "outer", "expand", "fused", "decode")
 # past this many stacked ranks the partial sums of the shared pass over dy outweigh a second pass
 MOST_SHARED_RANK = 32
 # bytes of shared memory one program may use
@@ -39,6 +39,7 @@ _HALF = {
     "shrink_outer": [Tile(64, 256, 0, 8, 3), Tile(64, 128, 0, 4, 4), Tile(32, 256, 0, 4, 4)],
     "outer": [Tile(64, 0, 128, 4, 4), Tile(32, 0, 128, 4, 4), Tile(64, 0, 128, 8, 3)],
     "expand": [Tile(64, 0, 128, 8, 1, BR=32), Tile(32, 0, 128, 4, 1, BR=32)],
+    "decode": [Tile(16, 64, 64, 4, 6), Tile(16, 32, 128, 4, 4), Tile(16, 128, 64, 8, 4)],
 }
 # twice the rank columns a program where the accumulators of more warps, or a memory of their own, hold the sums
 _WIDE = {
@@ -51,6 +52,7 @@ _FLOAT = {
     "outer": [Tile(32, 0, 128, 8, 2, BR=32), Tile(16, 0, 128, 8, 2, BR=32)],
     "expand": [Tile(32, 0, 128, 8, 1, BR=32)],
     "fused": [Tile(32, 128, 16, 8, 3, 8, BR=16)],
+    "decode": [Tile(16, 32, 64, 4, 3), Tile(16, 32, 32, 4, 4)],
 }
 # where those spill
 _FLOAT_ELSEWHERE = {("hip", "shrink_outer"): [Tile(32, 64, 0, 4, 2)]}
@@ -76,6 +78,7 @@ _INTERPRETER = {
     "shrink_outer": [Tile(32, 64, 0, 4, 1), Tile(16, 128, 0, 4, 1)],
     "outer": [Tile(32, 0, 128, 4, 1), Tile(16, 0, 256, 4, 1)],
     "expand": [Tile(32, 0, 128, 4, 1), Tile(16, 0, 256, 4, 1)],
+    "decode": [Tile(16, 64, 64, 4, 1), Tile(16, 32, 128, 4, 1)],
     "fused": [Tile(32, 128, 64, 4, 1, 2), Tile(16, 128, 32, 4, 1, 3, 1, 0), Tile(32, 128, 64, 4, 1, 2, 1, 1)],
 }
 
@@ -162,5 +165,6 @@ def _fit(op, tile, shape, dtype, where):
         "shrink_outer": tile.BM * (tile.BN + rank) * size,
         "outer": tile.BM * (tile.BK + rank) * size,
         "fused": (tile.BM + tile.BN) * tile.BK * size,
+        "decode": (tile.BM + tile.BN) * tile.BK * size,
     }[op]
     return tile._replace(num_stages=max(1, min(tile.num_stages, SHARED[where] * 7 // 8 // stage)))

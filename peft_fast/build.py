@@ -1,9 +1,9 @@
 """csrc/ → peft_fast/libpeft_fast.so (operators, LibTorch stable ABI) and peft_fast/_C.*.so (pybind11).
 
 setup.py loads this file by path, `python -m peft_fast build` calls it, and `python peft_fast/build.py` runs it
-alone. It imports neither torch nor the package; beside it, build_cuda.py knows nvcc and build_steps.py runs the
-compilers. Where it cannot build, it does not raise: the reason goes to peft_fast/build_info.json, and the package
-works without, or without the CUDA kernels alone.
+alone. It imports neither torch nor the package; beside it, build_machine.py knows what is installed, build_cuda.py
+knows nvcc and build_steps.py runs the compilers. Where it cannot build, it does not raise: the reason goes to
+peft_fast/build_info.json, and the package works without, or without the CUDA kernels alone.
 """
 
 from __future__ import annotations
@@ -19,15 +19,12 @@ import platform
 import re
 import shlex
 import shutil
-import site
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -36,8 +33,7 @@ LIBRARY = "libpeft_fast.so"
 MODULE = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 INFO = "build_info.json"
 MODULE_SOURCE = "module.cpp"
-MIN_TORCH = (2, 11)
-TORCH_TARGET_VERSION = "0x020b000000000000"  # the stable ABI of MIN_TORCH
+TORCH_TARGET_VERSION = "0x020b000000000000"  # the stable ABI of build_machine.MIN_TORCH
 
 # no -ffast-math: NaN and Inf must reach the output
 BASE_FLAGS = (
@@ -45,36 +41,7 @@ BASE_FLAGS = (
     "-fno-math-errno -fno-trapping-math -ffp-contract=fast -fno-strict-aliasing -Wall"
 ).split()
 
-
-class Isa(NamedTuple):
-    """Flags for one source file, and an instruction which the assembler must know too."""
-
-    flags: tuple[str, ...]
-    probe: str
-
-
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *_AVX2, "-mprefer-vector-width=512")
-_BF16 = (*_AVX512, "-mavx512bf16")
-# weakest first: this is the link order too (see _link_order)
-ISA_FILES = {
-    "isa_avx2.cpp": Isa(_AVX2, "vfmadd231ps %ymm0, %ymm1, %ymm2"),
-    "isa_avx512.cpp": Isa(_AVX512, "vpaddw %zmm0, %zmm1, %zmm2"),
-    "isa_avx512_bf16.cpp": Isa(_BF16, "vdpbf16ps %zmm0, %zmm1, %zmm2"),
-    "isa_amx.cpp": Isa((*_BF16, "-mamx-tile", "-mamx-bf16"), "tdpbf16ps %tmm0, %tmm1, %tmm2"),
-}
-UNAVAILABLE = "-DPEFT_FAST_ISA_UNAVAILABLE"
-
-
 Log = Callable[[str], None]
-
-
-class CannotBuild(Exception):
-    """Why there is no extension (one sentence), what to do, and whether it is this machine or our sources."""
-
-    def __init__(self, reason: str, do: str, machine: bool = True):
-        super().__init__(reason)
-        self.reason, self.do, self.machine = reason, do, machine
 
 
 def _sibling(name: str):
@@ -85,11 +52,10 @@ def _sibling(name: str):
     return module
 
 
-cuda, steps_of = _sibling("build_cuda"), _sibling("build_steps")
+machine, cuda, steps_of = _sibling("build_machine"), _sibling("build_cuda"), _sibling("build_steps")
+CannotBuild, ISA_FILES, UNAVAILABLE = machine.CannotBuild, machine.ISA_FILES, machine.UNAVAILABLE
+find_torch, find_compiler, find_ninja = machine.find_torch, machine.find_compiler, machine.find_ninja
 Step = steps_of.Step
-
-
-# ---- what is on this machine
 
 
 def csrc_dir() -> Path:
@@ -103,106 +69,6 @@ def csrc_dir() -> Path:
 def default_build_dir() -> Path | None:
     """<root>/build/native in a clone; None (a temporary folder) for an installed package."""
     return ROOT / "build" / "native" if IS_CLONE else None
-
-
-def _site_dirs() -> list[Path]:
-    """Where packages live, also for an isolated pip build whose sys.path no longer shows them."""
-    dirs = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
-    if (Path(sys.prefix) / "pyvenv.cfg").is_file():
-        cfg = (Path(sys.prefix) / "pyvenv.cfg").read_text().lower()
-        if re.search(r"include-system-site-packages\s*=\s*true", cfg):
-            base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
-            dirs += [sysconfig.get_path("purelib", vars=base), sysconfig.get_path("platlib", vars=base)]
-    return [Path(d) for d in dict.fromkeys(dirs) if d]
-
-
-def _package_dir(name: str) -> Path | None:
-    """The folder of an installed package, found without importing it."""
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        spec = None
-    if spec and spec.origin:
-        return Path(spec.origin).parent
-    return next((d / name for d in _site_dirs() if (d / name / "__init__.py").is_file()), None)
-
-
-def find_torch() -> tuple[Path, str]:
-    """(folder, version) of the installed torch; CannotBuild if it is missing, too old or has no headers."""
-    need = ".".join(map(str, MIN_TORCH))
-    folder = _package_dir("torch")
-    if folder is None:
-        raise CannotBuild(
-            f"torch is not installed for {sys.executable}",
-            f"install torch>={need}, then run `python -m peft_fast build`",
-        )
-    found = re.search(r"__version__\s*=\s*['\"]([^'\"]+)", (folder / "version.py").read_text())
-    version = found.group(1) if found else "unknown"
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if not numbers or tuple(map(int, numbers.groups())) < MIN_TORCH:
-        raise CannotBuild(f"torch {version} is too old", f"install torch>={need}, then run `python -m peft_fast build`")
-    if not (folder / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
-        raise CannotBuild(
-            f"torch {version} has no C++ headers in {folder}",
-            "install torch from its official wheel, then run `python -m peft_fast build`",
-        )
-    return folder, version
-
-
-def find_compiler() -> tuple[str, str]:
-    """(path, first line of --version); the CXX environment variable wins."""
-    asked = os.environ.get("CXX", "").strip()
-    for name in [asked] if asked else ["c++", "g++", "clang++"]:
-        words = shlex.split(name)
-        path = shutil.which(words[0])
-        if not path:
-            continue
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            done = subprocess.run([path, *words[1:], "--version"], capture_output=True, text=True, timeout=60)
-            if done.returncode == 0 and done.stdout.strip():
-                return shlex.join([path, *words[1:]]), done.stdout.splitlines()[0]
-    raise CannotBuild(
-        f"CXX={asked} does not run" if asked else "no C++ compiler (c++, g++ or clang++) on PATH",
-        "install one (`apt-get install g++`), then run `python -m peft_fast build`",
-    )
-
-
-def default_jobs() -> int:
-    """MAX_JOBS, else one compiler for each core this process may use."""
-    asked = os.environ.get("MAX_JOBS", "").strip()
-    if asked and not (asked.isdecimal() and int(asked)):
-        raise CannotBuild(f"MAX_JOBS={asked!r} is not a positive number", "set it to one or unset it, and build again")
-    return int(asked or len(os.sched_getaffinity(0)))
-
-
-def find_ninja() -> str | None:
-    """The ninja beside this python, in the ninja package or on PATH, in this order: versions share no log."""
-    package = _package_dir("ninja")
-    places = [
-        Path(sysconfig.get_path("scripts")) / "ninja",
-        package and package / "data" / "bin" / "ninja",
-        shutil.which("ninja"),
-    ]
-    for place in places:
-        if place and os.access(place, os.X_OK):
-            with contextlib.suppress(OSError):
-                if subprocess.run([str(place), "--version"], capture_output=True).returncode == 0:
-                    return str(place)
-    return None
-
-
-def isa_flags(compiler: str) -> dict[str, tuple[str, ...]]:
-    """File name → its flags; (UNAVAILABLE,) where compiler or assembler does not know the instruction set."""
-    table = {}
-    for name, isa in ISA_FILES.items():
-        known = platform.machine() in ("x86_64", "AMD64")
-        if known:
-            source = f'int main() {{ __asm__ volatile("{isa.probe.replace("%", "%%")}" ::: "memory"); }}\n'
-            with tempfile.TemporaryDirectory() as tmp:
-                command = [*shlex.split(compiler), *isa.flags, "-x", "c++", "-c", "-", "-o", f"{tmp}/probe.o"]
-                known = subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
-        table[name] = isa.flags if known else (UNAVAILABLE,)
-    return table
 
 
 # ---- what has to be done
@@ -226,7 +92,7 @@ def plan(
     compiler: str, torch: Path, torch_version: str, csrc: Path, toolkit: cuda.Toolkit | None = None
 ) -> tuple[list[Step], dict]:
     """Every compile and link step, with CUDA kernels where there is a toolkit, and the per-file ISA flags."""
-    isa = isa_flags(compiler)
+    isa = machine.isa_flags(compiler)
     cxx = (*shlex.split(compiler), *BASE_FLAGS)
     extra = tuple(shlex.split(os.environ.get("CXXFLAGS", "")))
     include = torch / "include"
@@ -239,7 +105,7 @@ def plan(
         f"-isystem{include / 'torch' / 'csrc' / 'api' / 'include'}",
     )
     macros = toolkit.macros() if toolkit else ()
-    pybind = include if (include / "pybind11").is_dir() else (_package_dir("pybind11") or include) / "include"
+    pybind = include if (include / "pybind11").is_dir() else (machine.package_dir("pybind11") or include) / "include"
     module_flags = (f"-I{csrc}", f"-isystem{pybind}", f"-isystem{sysconfig.get_path('include')}")
 
     def compile_step(source: Path, flags: tuple[str, ...]) -> Step:
@@ -276,7 +142,7 @@ def plan(
 def sources_hash(csrc: Path | None = None) -> str:
     """Changes when a C++ source, a header or this file changes."""
     csrc = csrc or csrc_dir()
-    digest = hashlib.sha256(Path(__file__).read_bytes() + Path(cuda.__file__).read_bytes())
+    digest = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, machine.__file__, cuda.__file__)))
     for path in sorted(p for p in csrc.rglob("*") if p.suffix in (".cpp", ".h", ".hpp", ".cu", ".cuh")):
         digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -341,7 +207,7 @@ def _toolkit(csrc: Path, info: dict) -> cuda.Toolkit | None:
 def _build(out_dir: Path, build_dir: Path, jobs: int | None, clean: bool, info: dict, log: Log) -> None:
     if not sys.platform.startswith("linux"):
         raise CannotBuild("the C++ kernels build on Linux only", "nothing: the torch backend is used")
-    csrc, jobs = csrc_dir(), jobs or default_jobs()
+    csrc, jobs = csrc_dir(), jobs or machine.default_jobs()
     torch, info["torch"] = find_torch()
     info["compiler"], info["compiler_version"] = find_compiler()
     ninja = find_ninja()

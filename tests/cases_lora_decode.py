@@ -10,7 +10,7 @@ import torch
 from tests import cases, inputs
 from tests.inputs import Leaf, Tensors
 
-MOST = 40  # tokens
+MOST = 131  # tokens
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,10 @@ def _cases() -> list[Case]:
             found[case.name] = _of(case)
     plain = Case("", lead=(1,), K=600, N=520, ranks=(16,), bias=True)
     more = [
-        *[replace(plain, name=f"lead_{m}", lead=(m,)) for m in (1, 2, 3, 4, 5, 8, 16, 32)],
-        *[replace(plain, name=f"conv1d_{m}", lead=(m,), transposed=True) for m in (1, 2, 3, 4, 7, 16)],
+        *[replace(plain, name=f"lead_{m}", lead=(m,)) for m in (1, 2, 3, 4, 5, 8, 9, 16, 32, 97)],
+        *[replace(plain, name=f"conv1d_{m}", lead=(m,), transposed=True) for m in (1, 2, 3, 4, 7, 16, 67)],
         replace(plain, name="long_chain", K=5000, N=70),
+        replace(plain, name="long_chain_narrow", lead=(5,), K=1100, N=40),
         replace(plain, name="long_chain_conv1d", K=5000, N=70, transposed=True),
         replace(plain, name="long_chain_tokens", lead=(5,), K=5000, N=70),
         replace(
@@ -61,7 +62,7 @@ def _cases() -> list[Case]:
 
 CASES = _cases()
 CORNERS = [c for c in CASES if c.name in ("both_biases", "three_adapters", "lead_1", "conv1d_3")]
-EVERYWHERE = ("lead_1", "lead_3", "lead_8", "conv1d_1", "conv1d_7", "long_chain", "rank_17", "three_adapters")
+EVERYWHERE = "lead_1 lead_3 lead_8 lead_97 conv1d_1 conv1d_7 long_chain rank_17 three_adapters".split()
 EMPTY = [_of(case) for case in cases.EMPTY]
 
 

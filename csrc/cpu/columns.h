@@ -1,10 +1,15 @@
 // What DoRA needs beside products: sums of squares of a weight, a scale for each column with the sums over the tokens
 // that its gradient is made of, and the part of a product that dropout takes away, a few rows of a panel a token.
 #pragma once
+#include <cmath>
+
+#include "cpu/copies.h"
 #include "cpu/dots.h"
 
 namespace peft_fast {
 namespace {
+
+constexpr int MOST_PANELS = 16;  // that collect takes at once
 
 // Σ w² of n neighbours
 template <int V, class T>
@@ -76,25 +81,26 @@ typename Lanes<V>::vec load_some(const T* from, int n) {
   return n == V ? Lanes<V>::load(from) : load_part<V>(from, n);
 }
 
-// y = u + bias + more∘z and z = keep·(u − gone), n neighbours
+// y = u + bias + (c−1)∘q + c∘low and z = q + low with q = keep·(u − gone), n neighbours
 template <int V, class Y, class Z>
-void mix_line(const float* u, const float* gone, float keep, const float* more, const float* bias, int64_t n, Y* y,
-              Z* z) {
+void mix_line(const float* u, const float* gone, const float* low, float keep, const float* c, const float* bias,
+              int64_t n, Y* y, Z* z) {
   by_vector<V>(n, [&](int64_t j, int k) {
-    const auto own = load_some<V>(u + j, k), dropped = keep * (own - load_some<V>(gone + j, k));
-    auto out = own + load_some<V>(more + j, k) * dropped;
+    const auto own = load_some<V>(u + j, k), q = keep * (own - load_some<V>(gone + j, k));
+    const auto adapter = load_some<V>(low + j, k), by = load_some<V>(c + j, k);
+    auto out = own + (by - 1.0f) * q + by * adapter;  // in this order c = 1 leaves u as it is
     if (bias) out += load_some<V>(bias + j, k);
     store_part<V>(y + j, out, k);
-    if (z) store_part<V>(z + j, dropped, k);
+    if (z) store_part<V>(z + j, q + adapter, k);
   });
 }
 
 template <int V>
-void mix(const float* u, const float* gone, float keep, const float* more, const float* bias, int64_t n, bool y_bf16,
-         void* y, bool z_bf16, void* z) {
-  if (!y_bf16) mix_line<V>(u, gone, keep, more, bias, n, (float*)y, (float*)z);
-  else if (z_bf16) mix_line<V>(u, gone, keep, more, bias, n, (uint16_t*)y, (uint16_t*)z);
-  else mix_line<V>(u, gone, keep, more, bias, n, (uint16_t*)y, (float*)z);
+void mix(const float* u, const float* gone, const float* low, float keep, const float* c, const float* bias, int64_t n,
+         bool y_bf16, void* y, bool z_bf16, void* z) {
+  if (!y_bf16) mix_line<V>(u, gone, low, keep, c, bias, n, (float*)y, (float*)z);
+  else if (z_bf16) mix_line<V>(u, gone, low, keep, c, bias, n, (uint16_t*)y, (uint16_t*)z);
+  else mix_line<V>(u, gone, low, keep, c, bias, n, (uint16_t*)y, (float*)z);
 }
 
 // out = by∘g, of (n) dm += g∘z, db += g; each may be null, z with dm
@@ -117,6 +123,46 @@ void scale(const void* g, bool g_bf16, const void* z, bool z_bf16, const float* 
   else scale_line<V>((const uint16_t*)g, (const float*)z, by, n, (uint16_t*)out, dm, db);
 }
 
+// rows [k0, k0 + k) × columns [j0, j0 + n) of Wᵀ (K, N) as lines of `ld` bfloat16, the first 2·V of each written: what
+// collect reads when it computes in bfloat16, half as many bytes as a float32 panel
+template <int V>
+void lines(const Source& s, int64_t k0, int64_t k, int64_t j0, int64_t n, uint16_t* out, int64_t ld) {
+  constexpr int WIDTH = 2 * V;
+  if (s.bf16 && s.col == 1) {
+    for (int64_t i = 0; i < k; ++i) {
+      const uint16_t* in = (const uint16_t*)s.data + (k0 + i) * s.row + j0;
+      prefetch_next(in + WIDTH, 2 * WIDTH);
+      if (n == WIDTH) std::memcpy(out + i * ld, in, 2 * WIDTH);
+      else std::memset(out + i * ld, 0, 2 * WIDTH), std::memcpy(out + i * ld, in, 2 * n);
+    }
+    return;
+  }
+  constexpr int64_t DEPTH = 256;
+  alignas(64) static thread_local uint16_t stage[WIDTH * DEPTH];
+  alignas(64) static thread_local uint32_t pairs[DEPTH / 2 * WIDTH];
+  if (n < WIDTH) std::memset(pairs, 0, sizeof pairs);
+  const Source turned{s.data, s.bf16, s.col, s.row, s.round};
+  for (int64_t kk = 0; kk < k; kk += DEPTH) {
+    const int64_t kn = std::min(DEPTH, k - kk), even = (kn + 1) / 2 * 2;
+    const bool direct = s.bf16 && s.row == 1 && even == kn && s.col % 2 == 0 && (k0 + kk) % 2 == 0 &&
+                        (uintptr_t)s.data % 4 == 0;
+    if (direct) {
+      transpose((const uint32_t*)((const uint16_t*)s.data + j0 * s.col + k0 + kk), s.col / 2, n, kn / 2, pairs, WIDTH);
+    } else {
+      for (int64_t j = 0; j < n; ++j) {
+        copy_row(turned, j0 + j, k0 + kk, kn, stage + j * even);
+        if (even != kn) stage[j * even + kn] = 0;
+      }
+      transpose((const uint32_t*)stage, even / 2, n, even / 2, pairs, WIDTH);
+    }
+    for (int64_t q = 0; q < kn; q += 2) {
+      const uint32_t* from = pairs + q / 2 * WIDTH;
+      uint16_t *low = out + (kk + q) * ld, *high = q + 1 < kn ? low + ld : stage;
+      for (int j = 0; j < WIDTH; ++j) low[j] = uint16_t(from[j]), high[j] = uint16_t(from[j] >> 16);
+    }
+  }
+}
+
 // out (width) += Σ x[i] · row at[i] of a float32 panel, `width` of 1 or 2 vectors
 template <int V, int NV>
 void spread_of(const float* panel, const int32_t* at, const float* x, int64_t count, float* out) {
@@ -132,19 +178,54 @@ void spread_of(const float* panel, const int32_t* at, const float* x, int64_t co
     L::store(out + j * V, L::load(out + j * V) + ((acc[0][j] + acc[1][j]) + (acc[2][j] + acc[3][j])));
 }
 
-template <int V>
-void spread(const float* panel, int width, const int32_t* at, const float* x, int64_t count, float* out) {
-  if (width == V) spread_of<V, 1>(panel, at, x, count, out);
-  else spread_of<V, 2>(panel, at, x, count, out);
+// the same of a panel in the layout of copies.h, of pairs or TILES of them: a row has its neighbour's elements between
+// its own, which meet a zero
+template <int V, int NV>
+void spread_pairs(const uint16_t* panel, bool tiles, const int32_t* at, const uint16_t* x, int64_t count, float* out) {
+  // dwords of a pair's first column, and from a vector of columns to the next
+  auto first = [&](int64_t k) { return tiles ? (k / 32 * NV * 16 + k % 32 / 2) * 16 : k / 2 * NV * V; };
+  const int64_t step = tiles ? 256 : V;
+  const auto* pairs = (const uint32_t*)panel;
+#if defined(__AVX512BF16__)
+  if constexpr (V == 16) {
+    __m512 acc[4][NV] = {};
+    auto add = [&](int l, int64_t i) {
+      const uint32_t* row = pairs + first(at[i]);
+      const auto xs = (__m512bh)_mm512_set1_epi32(int32_t(uint32_t(x[i]) << (at[i] & 1) * 16));
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j)
+        acc[l][j] = _mm512_dpbf16_ps(acc[l][j], (__m512bh)_mm512_loadu_si512(row + j * step), xs);
+    };
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) add(0, i), add(1, i + 1), add(2, i + 2), add(3, i + 3);
+    for (; i < count; ++i) add(0, i);
+    using L = Lanes<V>;
+    for (int j = 0; j < NV; ++j)
+      L::store(out + j * V, L::load(out + j * V) + (typename L::vec)((acc[0][j] + acc[1][j]) + (acc[2][j] + acc[3][j])));
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < count; ++i)
+    for (int j = 0; j < NV * V; ++j)
+      out[j] += from_bf16(x[i]) * from_bf16(uint16_t(pairs[first(at[i]) + j / V * step + j % V] >> (at[i] & 1) * 16));
 }
 
-// out[i] += Σ over `panels` of two vectors' width, `stride` floats apart, of g · row at[i]
+// the same of whatever panel an engine packs, told by its kpad; x in the engine's elements
 template <int V>
-void collect(const float* panel, int64_t stride, int panels, const int32_t* at, int64_t count, const float* g,
-             float* out) {
+void spread(const void* panel, int kpad, int width, const int32_t* at, const void* x, int64_t count, float* out) {
+  if (kpad > 1 && width == V) spread_pairs<V, 1>((const uint16_t*)panel, kpad > 2, at, (const uint16_t*)x, count, out);
+  else if (kpad > 1) spread_pairs<V, 2>((const uint16_t*)panel, kpad > 2, at, (const uint16_t*)x, count, out);
+  else if (width == V) spread_of<V, 1>((const float*)panel, at, (const float*)x, count, out);
+  else spread_of<V, 2>((const float*)panel, at, (const float*)x, count, out);
+}
+
+// out[i] += Σ over `panels` of two vectors' width, `stride` elements apart, of g · row at[i], rows `ld` elements apart
+template <int V, class T>
+void collect_of(const T* panel, int64_t stride, int64_t ld, int panels, const int32_t* at, int64_t count, const float* g,
+                float* out) {
   using L = Lanes<V>;
   for (int64_t i = 0; i < count; ++i) {
-    const float* row = panel + int64_t(at[i]) * 2 * V;
+    const T* row = panel + int64_t(at[i]) * ld;
     typename L::vec acc[4] = {};
     for (int p = 0; p < panels; ++p, row += stride)
       for (int j = 0; j < 2; ++j) acc[2 * (p & 1) + j] += L::load(row + j * V) * L::load(g + (2 * p + j) * V);
@@ -152,8 +233,80 @@ void collect(const float* panel, int64_t stride, int panels, const int32_t* at, 
   }
 }
 
+#if defined(__AVX512BF16__)
+// the same of neighbouring lines by bfloat16 pairs, four rows at a time: g is loaded and the sums are added up once
+template <int ROWS>
+void collect_rows(const uint16_t* panel, int64_t ld, int panels, const int32_t* at, const uint16_t* g, float* out) {
+  __m512 acc[ROWS] = {};
+  const uint16_t* row[ROWS];
+  for (int i = 0; i < ROWS; ++i) row[i] = panel + int64_t(at[i]) * ld;
+  for (int p = 0; p < panels; ++p) {
+    const auto gs = (__m512bh)_mm512_loadu_si512(g + 32 * p);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i)
+      acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)_mm512_loadu_si512(row[i] + 32 * p), gs);
+  }
+  if constexpr (ROWS == 4) {
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(acc[0], acc[1]), _mm512_unpackhi_ps(acc[0], acc[1]));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(acc[2], acc[3]), _mm512_unpackhi_ps(acc[2], acc[3]));
+    const auto ad = (__m512d)a, bd = (__m512d)b;
+    const __m512 c = _mm512_add_ps((__m512)_mm512_unpacklo_pd(ad, bd), (__m512)_mm512_unpackhi_pd(ad, bd));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+    const __m128 all = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), all));
+  } else {
+    for (int i = 0; i < ROWS; ++i) out[i] += _mm512_reduce_add_ps(acc[i]);
+  }
+}
+#endif
+
+// g float32, or where `halves` bfloat16 as are the lines
 template <int V>
-constexpr ColumnOps column_ops{square<V>, add_squares<V>, mix<V>, scale<V>, spread<V>, collect<V>};
+void collect(const void* panel, bool halves, int64_t stride, int64_t ld, int panels, const int32_t* at, int64_t count,
+             const void* g, float* out) {
+  if (!halves) return collect_of<V>((const float*)panel, stride, ld, panels, at, count, (const float*)g, out);
+#if defined(__AVX512BF16__)
+  if constexpr (V == 16) {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4)
+      collect_rows<4>((const uint16_t*)panel, ld, panels, at + i, (const uint16_t*)g, out + i);
+    for (; i < count; ++i) collect_rows<1>((const uint16_t*)panel, ld, panels, at + i, (const uint16_t*)g, out + i);
+    return;
+  }
+#endif
+  float wide[2 * V * MOST_PANELS];
+  for (int j = 0; j < 2 * V * panels; ++j) wide[j] = from_bf16(((const uint16_t*)g)[j]);
+  collect_of<V>((const uint16_t*)panel, 2 * V, ld, panels, at, count, wide, out);
+}
+
+// of one row: whole = ‖w + s·Σ b·a‖² by Gram's identity, r (r, r) = a·aᵀ, p = w·aᵀ; the result says that it is what is
+// left of larger terms, so that float32 products are too coarse for it
+inline bool norm_row(const double* gram, int64_t r, const float* b, const float* p, double squares, double s,
+                     double* scratch, double* whole) {
+  double cross = 0, quadratic = 0, diagonal = 0;
+  std::fill(scratch, scratch + r, 0.0);
+  for (int64_t i = 0; i < r; ++i) {
+    const double bi = b[i];
+    cross += bi * p[i];
+    diagonal += bi * bi * gram[i * r + i];
+    for (int64_t j = 0; j < r; ++j) scratch[j] += bi * gram[i * r + j];
+  }
+  for (int64_t i = 0; i < r; ++i) quadratic += scratch[i] * b[i];
+  *whole = squares + 2 * s * cross + s * s * quadratic;
+  // w·aᵀ is off by about eps·‖w‖·‖a‖ in each element, and those errors are independent
+  const double rounding = 2 * std::abs(s) * std::sqrt(squares * diagonal);
+  constexpr double WORST = 2;  // (‖w‖² + rounding) / whole up to which float32 is enough
+  return squares + rounding > WORST * *whole;
+}
+
+// line (n) += f·a
+inline void add_wide(double f, const float* a, int64_t n, double* line) {
+  for (int64_t i = 0; i < n; ++i) line[i] += f * a[i];
+}
+
+template <int V>
+constexpr ColumnOps column_ops{square<V>, add_squares<V>, mix<V>, scale<V>, lines<V>, spread<V>, collect<V>,
+                               norm_row, add_wide};
 
 }  // namespace
 }  // namespace peft_fast

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t PAD = 32;                  // Engine::dots reads x up to the next multiple of it
 constexpr int64_t COLUMNS = 256;             // of y at a time: what Engine::sums writes, and the first-level cache keeps
+constexpr int64_t FEW = 8;                    // tokens
 constexpr int64_t TASK_BYTES = 128 << 10;    // of weights: fewer are not worth another thread
 
 void check_fits(bool fits) {
@@ -33,12 +34,14 @@ struct Rows {
   const void* from(int64_t i) const { return data + i * row * (bf16 ? 2 : 4); }
 };
 
-// scale · a vector (N,)
+// scale · a vector (N,), for tokens [first, first + tokens)
 struct Line {
   Source source;
   float scale;
+  int64_t first, tokens;
 
-  Line(const Tensor& t, const char* name, int64_t N, double s) : source{}, scale(float(s)) {
+  Line(const Tensor& t, const char* name, int64_t N, double s, int64_t first_, int64_t tokens_)
+      : source{}, scale(float(s)), first(first_), tokens(tokens_) {
     check_float(t, name);
     check_fits(t.dim() == 1 && t.size(0) == N);
     source = {t.const_data_ptr(), is_bf16(t), 0, t.stride(0)};
@@ -49,6 +52,22 @@ struct Low {
   Rows a, b;
   int64_t r, at;  // where its columns of H begin
   float scaling;
+  int64_t first, tokens;  // its own
+};
+
+// which token of x is the i-th one
+struct Order {
+  const std::vector<int64_t>& rows;  // of x, as its first dimension counts them; empty: as they lie
+  int64_t T;                         // tokens of a row
+
+  Order(const std::vector<int64_t>& order, int64_t M, int64_t b) : rows(order), T(b ? M / b : 0) {
+    std::vector<bool> seen(order.size());
+    for (int64_t row : order) {
+      check_fits(row >= 0 && row < b && int64_t(order.size()) == b && !seen[row]);
+      seen[row] = true;
+    }
+  }
+  int64_t operator()(int64_t i) const { return rows.empty() ? i : rows[i / T] * T + i % T; }
 };
 
 // rows of x in an engine's elements, zero up to the next PAD
@@ -56,11 +75,11 @@ struct Packed {
   char* data;
   int64_t ld;
 
-  Packed(const Engine& e, const Matrix& x, char* out, int64_t ld_) : data(out), ld(ld_) {
+  Packed(const Engine& e, const Matrix& x, const Order& order, char* out, int64_t ld_) : data(out), ld(ld_) {
     for (int64_t m = 0; m < x.rows; ++m) {
       char* to = out + m * ld * e.element();
       std::memset(to + x.cols * e.element(), 0, (ld - x.cols) * e.element());
-      e.rows(x.source, m, 1, 0, x.cols, to, ld);
+      e.rows(x.source, order(m), 1, 0, x.cols, to, ld);
     }
   }
 };
@@ -79,16 +98,18 @@ void split(int64_t columns, int64_t bytes, int64_t step, const F& f) {
 
 Tensor lora_decode(const Tensor& x_, const Tensor& w, const std::optional<Tensor>& bias, const std::vector<Tensor>& as,
                    const std::vector<Tensor>& bs, const std::vector<std::optional<Tensor>>& low_biases,
-                   const std::vector<double>& scalings, bool transposed) {
+                   const std::vector<double>& scalings, bool transposed, const std::vector<int64_t>& order_,
+                   const std::vector<int64_t>& counts) {
   const Matrix x = matrix(x_, "x");
   check_float(w, "W");
   const int64_t M = x.rows, K = x.cols, size = x.source.bf16 ? 2 : 4;
   const size_t n_low = as.size();
   check_fits(w.dim() == 2 && w.size(transposed ? 0 : 1) == K && bs.size() == n_low && low_biases.size() == n_low &&
-             scalings.size() == n_low);
+             scalings.size() == n_low && (order_.empty() || (counts.size() == n_low && x_.dim() >= 2)));
   const int64_t N = w.size(transposed ? 1 : 0);
   Tensor y = empty_like(x_, with_last(x_, N));
   if (M == 0 || N == 0) return y;
+  const Order order(order_, M, x_.size(0));
 
   Source base = weight(w, transposed, false);
   const Tensor dense = K <= 1 || N <= 1 || base.row == 1 || base.col == 1 ? w : torch::stable::contiguous(w);
@@ -99,52 +120,91 @@ Tensor lora_decode(const Tensor& x_, const Tensor& w, const std::optional<Tensor
 
   std::vector<Low> lows;
   std::vector<Line> lines;
-  if (bias) lines.emplace_back(*bias, "bias", N, 1.0);
-  int64_t R = 0;
+  if (bias) lines.emplace_back(*bias, "bias", N, 1.0, 0, M);
+  bool many = false;  // has an adapter more than FEW tokens?
+  int64_t R = 0, first = 0, r_most = 0;
+  int64_t low_bytes = 0, b_bytes = 0;  // of A, a row of it; of B, a column of y
   for (size_t i = 0; i < n_low; ++i) {
     check_fits(as[i].dim() == 2 && bs[i].dim() == 2);
-    const int64_t r = as[i].size(0);
-    lows.push_back({Rows(as[i], "A", r, K), Rows(bs[i], "B", N, r), r, R, float(scalings[i])});
-    if (low_biases[i]) lines.emplace_back(*low_biases[i], "bias of B", N, scalings[i]);
-    R += round_up(r, PAD);
+    const int64_t r = as[i].size(0), width = round_up(r, PAD);
+    const int64_t tokens = order_.empty() ? M : counts[i] * order.T;
+    r_most = std::max(r_most, r);
+    many |= tokens > FEW;
+    check_fits(tokens >= 0 && first + tokens <= M);
+    // adapters that share their tokens lie side by side in H, the others begin a row alike
+    lows.push_back({Rows(as[i], "A", r, K), Rows(bs[i], "B", N, r), r, order_.empty() ? R : 0, float(scalings[i]),
+                    first, tokens});
+    if (low_biases[i]) lines.emplace_back(*low_biases[i], "bias of B", N, scalings[i], first, tokens);
+    R = order_.empty() ? R + width : std::max(R, width);
+    first += order_.empty() ? 0 : tokens;
+    low_bytes = std::max<int64_t>(low_bytes, K * (lows.back().a.bf16 ? 2 : 4));
+    b_bytes += r * (lows.back().b.bf16 ? 2 : 4);
   }
 
-  const int64_t ld = round_up(K, PAD);
+  const int64_t ld = (ceil_div(K, PAD) | 1) * PAD;  // so that tokens do not meet in one set of the cache
   Scratch scratch(M * (ld * (e.half ? 6 : 4) + R * 4));
   float* const h = (float*)scratch.data();
-  const Packed xs(wide, x, scratch.data() + M * R * 4, ld);
-  const Packed xe = e.half ? Packed(e, x, scratch.data() + M * (R + ld) * 4, ld) : xs;
+  const Packed xs(wide, x, order, scratch.data() + M * R * 4, ld);
+  const Packed xe = e.half ? Packed(e, x, order, scratch.data() + M * (R + ld) * 4, ld) : xs;
   if (R) std::memset(h, 0, M * R * 4);
-  int64_t low_bytes = 0;  // of B, a column of y
-  for (const Low& low : lows) {
-    low_bytes += low.r * (low.b.bf16 ? 2 : 4);
-    split(low.r, K * (low.a.bf16 ? 2 : 4), 4, [&](int64_t j, int64_t n) {
-      wide.dots(low.a.from(j), low.a.bf16, low.a.row, n, xs.data, ld, K, M, h + low.at + j, R, false);
-    });
-    for (int64_t m = 0; m < M; ++m)
-      for (int64_t j = 0; j < low.r; ++j) h[m * R + low.at + j] *= low.scaling;
-  }
+  // H = s·x·Aᵀ, a few rows of one A at a time
+  constexpr int64_t STEP = 4;
+  struct Job {
+    const Low* low;
+    int64_t j, n;
+  };
+  std::vector<Job> jobs;
+  for (const Low& low : lows)
+    for (int64_t j = 0; j < low.r && low.tokens; j += STEP) jobs.push_back({&low, j, std::min(STEP, low.r - j)});
+  const int64_t worth = ceil_div(TASK_BYTES, std::max<int64_t>(1, low_bytes * STEP));
+  torch::stable::parallel_for(0, int64_t(jobs.size()), worth, [&](int64_t j0, int64_t j1) {
+    for (int64_t i = j0; i < j1; ++i) {
+      const auto& [low, j, n] = jobs[i];
+      float* to = h + low->first * R + low->at + j;
+      wide.dots(low->a.from(j), low->a.bf16, low->a.row, n, xs.data + low->first * ld * 4, ld, K, low->tokens, to, R,
+                false);
+      for (int64_t m = 0; m < low->tokens; ++m)
+        for (int64_t k = 0; k < n; ++k) to[m * R + k] *= low->scaling;
+    }
+  });
 
   const char* w_data = (const char*)base.data;
   const int64_t element = base.bf16 ? 2 : 4;
-  split(N, K * element + low_bytes, columns ? 64 : 16, [&](int64_t j, int64_t n) {
-    Scratch own((M + 2) * COLUMNS * 4);
+  split(N, K * element + b_bytes, columns ? 64 : 16, [&](int64_t j, int64_t n) {
+    Scratch own((M + 2 + (many ? M + r_most : 0)) * COLUMNS * 4);
     float* const c = (float*)own.data();
     float *const sum = c + M * COLUMNS, *const part = sum + COLUMNS;
     const char* at = w_data + j * base.row * element;
     if (columns) wide.sums(at, base.bf16, base.col, n, (const float*)xs.data, ld, K, M, c, COLUMNS);
     else e.dots(at, base.bf16, base.row, n, xe.data, ld, K, M, c, COLUMNS, false);
-    for (const Low& low : lows)
-      wide.dots(low.b.from(j), low.b.bf16, low.b.row, n, h + low.at, R, low.r, M, c, COLUMNS, true);
+    for (const Low& low : lows) {
+      float* to = c + low.first * COLUMNS;
+      const float* from = h + low.first * R + low.at;
+      if (low.tokens <= FEW) {
+        wide.dots(low.b.from(j), low.b.bf16, low.b.row, n, from, R, low.r, low.tokens, to, COLUMNS, true);
+        continue;
+      }
+      // sums over so few ranks cost less a vector of columns than a column each
+      float *const turned = part + COLUMNS, *const added = turned + r_most * COLUMNS;
+      wide.rows({low.b.from(j), low.b.bf16, 1, low.b.row}, 0, low.r, 0, n, turned, COLUMNS);
+      wide.sums(turned, false, COLUMNS, n, from, R, low.r, low.tokens, added, COLUMNS);
+      for (int64_t m = 0; m < low.tokens; ++m)
+        for (int64_t i = 0; i < n; ++i) to[m * COLUMNS + i] += added[m * COLUMNS + i];
+    }
     std::fill(sum, sum + n, 0.0f);
     for (const Line& line : lines) {
       wide.rows(line.source, 0, 1, j, n, part, n);
-      for (int64_t i = 0; i < n; ++i) sum[i] += line.scale * part[i];
+      const bool all = line.tokens == M;
+      float* to = all ? sum : c + line.first * COLUMNS;
+      for (int64_t m = 0; m < (all ? 1 : line.tokens); ++m, to += COLUMNS)
+        for (int64_t i = 0; i < n; ++i) to[i] += line.scale * part[i];
     }
     Target to{(char*)y.mutable_data_ptr() + j * size, x.source.bf16, N, 1};
     to.bias = lines.empty() ? nullptr : sum;
-    for (int64_t i = 0; i < n; i += e.nr)
-      e.finish(c + i, COLUMNS, int(M), int(std::min<int64_t>(e.nr, n - i)), 0, i, to);
+    const int64_t step = order_.empty() ? M : 1;
+    for (int64_t m = 0; m < M; m += step)
+      for (int64_t i = 0; i < n; i += e.nr)
+        e.finish(c + m * COLUMNS + i, COLUMNS, int(step), int(std::min<int64_t>(e.nr, n - i)), order(m), i, to);
   });
   return y;
 }

@@ -5,9 +5,11 @@
 namespace peft_fast {
 
 // x (..., K), w (N, K) or (K, N) if transposed, bias (N,), and of each adapter a (r, K), b (N, r), low_bias (N,)
-// -> y (..., N) in x's dtype, rounded once
+// -> y (..., N) in x's dtype, rounded once. order: the rows of x (its first dimension), those of the first adapter,
+// counts[0] of them, then the second's, ..., and last those of none; empty: every adapter has all tokens
 Tensor lora_decode(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, const std::vector<Tensor>& as,
                    const std::vector<Tensor>& bs, const std::vector<std::optional<Tensor>>& low_biases,
-                   const std::vector<double>& scalings, bool transposed);
+                   const std::vector<double>& scalings, bool transposed, const std::vector<int64_t>& order,
+                   const std::vector<int64_t>& counts);
 
 }  // namespace peft_fast

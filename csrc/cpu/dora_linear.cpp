@@ -1,6 +1,8 @@
 #include "cpu/dora_linear.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 
 #include "cpu/dropout.h"
 #include "cpu/gemm.h"
@@ -12,39 +14,55 @@ namespace {
 
 // what dropout takes from x (M, K): of row m, entries [begin[m], begin[m + 1]), in the order of their columns
 struct Dropped {
-  std::vector<int64_t> begin{0};
+  std::vector<int64_t> begin;
   std::vector<int32_t> at;
-  std::vector<float> x;
+  std::vector<char> x;  // in the engine's elements
 
-  Dropped(const MaskBits& bits, const Source& from, int64_t M, int64_t K, bool values) {
+  Dropped(const Engine& e, const MaskBits& bits, const Source& from, int64_t M, int64_t K, bool values) : begin(M + 1) {
     const Source mask = bits.over({});
-    std::vector<float> line(K);
-    for (int64_t m = 0; m < M; ++m) {
-      if (values) engine(false).rows(from, m, 1, 0, K, line.data(), K);
+    // f(column) of what is gone from row m
+    auto each = [&](int64_t m, auto f) {
       const uint8_t* row = mask.mask + m * mask.mask_row;
-      for (int64_t byte = 0; 8 * byte < K; ++byte)
-        for (unsigned gone = uint8_t(~row[byte]); gone; gone &= gone - 1) {
-          const int64_t k = 8 * byte + __builtin_ctz(gone);
-          if (k >= K) break;
-          at.push_back(int32_t(k));
-          if (values) x.push_back(line[k]);
-        }
-      begin.push_back(int64_t(at.size()));
-    }
+      for (int64_t k = 0; k < K; k += 64) {
+        uint64_t gone = 0;
+        std::memcpy(&gone, row + k / 8, 8);  // rows of a mask are whole groups of 16 bytes
+        gone = ~gone;
+        if (K - k < 64) gone &= (uint64_t(1) << (K - k)) - 1;
+        for (; gone; gone &= gone - 1) f(k + __builtin_ctzll(gone));
+      }
+    };
+    torch::stable::parallel_for(0, M, 64, [&](int64_t m0, int64_t m1) {
+      for (int64_t m = m0; m < m1; ++m) each(m, [&](int64_t) { ++begin[m + 1]; });
+    });
+    for (int64_t m = 0; m < M; ++m) begin[m + 1] += begin[m];
+    const int64_t size = e.element();
+    at.resize(begin[M]);
+    if (values) x.resize(begin[M] * size);
+    torch::stable::parallel_for(0, M, 64, [&](int64_t m0, int64_t m1) {
+      std::vector<char> line(values ? e.padded(K) * size : 0);
+      for (int64_t m = m0; m < m1; ++m) {
+        int64_t i = begin[m];
+        each(m, [&](int64_t k) { at[i++] = int32_t(k); });
+        if (!values) continue;
+        e.rows(from, m, 1, 0, K, line.data(), e.padded(K));
+        for (i = begin[m]; i < begin[m + 1]; ++i) std::memcpy(x.data() + i * size, line.data() + at[i] * size, size);
+      }
+    });
   }
 };
 
 struct Call {
   const Engine& e;
   const Engine& wide;  // whose panels are float32
+  bool bf16;           // is x
   int64_t M, K, N, r;
   Source w;  // (N, K)
   float scaling, keep_scale;
   MaskBits mask;
 
-  Call(bool bf16, int64_t tokens, const Tensor& w_, const Tensor& a, const Tensor& b, const Tensor& c,
+  Call(bool half, int64_t tokens, const Tensor& w_, const Tensor& a, const Tensor& b, const Tensor& c,
        const std::optional<Tensor>& seed, double s, double p, bool transposed)
-      : e(engine(bf16)), wide(engine(false)), M(tokens), K(w_.size(transposed ? 0 : 1)), N(w_.size(transposed ? 1 : 0)),
+      : e(engine(half)), wide(engine(false)), bf16(half), M(tokens), K(w_.size(transposed ? 0 : 1)), N(w_.size(transposed ? 1 : 0)),
         r(a.size(0)), w(weight(w_, transposed, bf16)), scaling(float(s)), keep_scale(float(1 / (1 - p))) {
     check_float(a, "A");
     check_float(b, "B");
@@ -61,12 +79,11 @@ struct Call {
   bool drops() const { return bool(mask); }
   int64_t panels() const { return ceil_div(N, wide.nr); }
 
-  // rows [k0, k0 + k) of Wᵀ, columns of panel p, all `nr` of them where `whole`
-  int panel(int64_t p, int64_t k0, int64_t k, bool whole, float* out) const {
+  // rows [k0, k0 + k) of Wᵀ, columns of panel p: lines of bfloat16, `ld` apart, or a float32 panel
+  void panel(int64_t p, int64_t k0, int64_t k, char* out, int64_t ld) const {
     const int64_t j = p * wide.nr, n = std::min<int64_t>(wide.nr, N - j);
-    const int width = whole ? wide.nr : wide.width(n);
-    wide.panel(turned(w), k0, k, j, n, width, out);
-    return width;
+    if (bf16) wide.columns->lines(turned(w), k0, k, j, n, (uint16_t*)out, ld);
+    else wide.panel(turned(w), k0, k, j, n, wide.nr, out);
   }
 };
 
@@ -83,60 +100,53 @@ Product shrink(const Call& call, const Source& x, const Tensor& a, const Tensor&
   return {{{seen, call.K}}, {{call.r, {{turned(rows_of(a))}}, {}, to(h, call.r, 1, scale)}}};
 }
 
-// u = x·Wᵀ + h·Bᵀ -> y = u + bias + (c−1)∘z and z = (u − dropped x·Wᵀ − p·h·Bᵀ) / (1−p): the product of what dropout
-// took away is a few rows of Wᵀ a token, where that of what it left would be a second GEMM
-void mix_dropped(const Call& call, const Source& x, const Tensor& u, const Tensor& h, const Tensor& b,
-                 const float* bias, const std::vector<float>& more, double p, const Tensor& y, const Tensor& z,
-                 bool keep) {
-  const Engine& e = call.wide;
-  const Dropped gone(call.mask, x, call.M, call.K, true);
-  const int64_t low_row = padded_row(e, call.r);
-  std::vector<float> low(ceil_div(call.M, e.mr) * e.mr * low_row);
-  e.rows(rows_of(h), 0, call.M, 0, call.r, low.data(), low_row);
-  for (float& v : low) v *= float(p);
-  const bool y_bf16 = is_bf16(y), z_bf16 = keep && is_bf16(z);
-  const float* from = (const float*)u.const_data_ptr();
-  char *y_data = (char*)y.mutable_data_ptr(), *z_data = keep ? (char*)z.mutable_data_ptr() : nullptr;
-  torch::stable::parallel_for(0, call.panels(), 1, [&](int64_t p0, int64_t p1) {
-    Scratch own((e.padded(call.K) + e.padded(call.r) + e.mr) * e.nr * 4);
-    float* panel = (float*)own.data();
-    float* low_panel = panel + e.padded(call.K) * e.nr;
-    float* part = low_panel + e.padded(call.r) * e.nr;
-    for (int64_t p = p0; p < p1; ++p) {
-      const int64_t j = p * e.nr, n = std::min<int64_t>(e.nr, call.N - j);
-      const int width = call.panel(p, 0, call.K, false, panel);
-      e.panel(turned(rows_of(b)), 0, call.r, j, n, width, low_panel);
-      for (int64_t i = 0; i < call.M; i += e.mr) {
-        const int mi = int(std::min<int64_t>(e.mr, call.M - i));
-        const Segment all{e.padded(call.r), low.data() + i * low_row, low_row, low_panel};
-        e.tile(&all, 1, part, e.nr, mi, width, false);
-        for (int64_t m = i; m < i + mi; ++m) {
-          float* line = part + (m - i) * e.nr;
-          const int64_t first = gone.begin[m], at = m * call.N + j;
-          e.columns->spread(panel, width, gone.at.data() + first, gone.x.data() + first, gone.begin[m + 1] - first,
-                            line);
-          e.columns->mix(from + at, line, call.keep_scale, more.data() + j, bias ? bias + j : nullptr, n, y_bf16,
-                         y_data + at * (y_bf16 ? 2 : 4), z_bf16, keep ? z_data + at * (z_bf16 ? 2 : 4) : nullptr);
-        }
-      }
+// of a tile u = x·Wᵀ and low = h·Bᵀ: y = u + bias + (c−1)∘q + c∘low, z = q + low with q = (u − dropped x·Wᵀ) / (1−p).
+// The product of what dropout took away is a few rows of a panel a token, where that of what it left would be another GEMM
+class Mix final : public Epilogue {
+ public:
+  Mix(const Call& call, const Source& x, const float* c, const float* bias, const Tensor& y, const Tensor& z, bool keep)
+      : call_(call), gone_(call.e, call.mask, x, call.M, call.K, true), c_(c), bias_(bias), y_bf16_(is_bf16(y)),
+        z_bf16_(is_bf16(z)), y_((char*)y.mutable_data_ptr()), z_(keep ? (char*)z.mutable_data_ptr() : nullptr) {}
+
+  void tile(const float* u, int64_t ldu, const float* low, int64_t ldl, int m, int n, int width, int64_t i0, int64_t j0,
+            const void* panel) const override {
+    const Engine& e = call_.e;
+    for (int i = 0; i < m; ++i, u += ldu, low += ldl) {
+      alignas(64) float taken[64] = {};
+      const int64_t first = gone_.begin[i0 + i], at = (i0 + i) * call_.N + j0;
+      e.columns->spread(panel, e.kpad, width, gone_.at.data() + first, gone_.x.data() + first * e.element(),
+                        gone_.begin[i0 + i + 1] - first, taken);
+      e.columns->mix(u, taken, low, call_.keep_scale, c_ + j0, bias_ ? bias_ + j0 : nullptr, n, y_bf16_,
+                     y_ + at * (y_bf16_ ? 2 : 4), z_bf16_, z_ ? z_ + at * (z_bf16_ ? 2 : 4) : nullptr);
     }
-  });
-}
+  }
+
+ private:
+  const Call& call_;
+  const Dropped gone_;
+  const float *c_, *bias_;
+  bool y_bf16_, z_bf16_;
+  char *y_, *z_;
+};
 
 // dx at what dropout took away: g·W without the adapter, an element at a time
 void fill_dropped(const Call& call, const Source& g, const Tensor& dx) {
-  constexpr int64_t DEPTH = 192, GROUP = 8;  // rows of Wᵀ × panels of it: stays in the second-level cache
+  constexpr int64_t DEPTH = 256, GROUP = 16;  // rows of Wᵀ × panels of it, at the most: the second-level cache
   const Engine& e = call.wide;
-  const Dropped gone(call.mask, {}, call.M, call.K, false);
-  const bool bf16 = is_bf16(dx);
-  torch::stable::parallel_for(0, ceil_div(call.K, DEPTH), 1, [&](int64_t c0, int64_t c1) {
-    const int64_t stride = e.padded(DEPTH) * e.nr;
-    Scratch own(GROUP * (stride + e.nr) * 4);
-    float* panels = (float*)own.data();
-    float* line = panels + GROUP * stride;
+  const Dropped gone(call.e, call.mask, {}, call.M, call.K, false);
+  const bool dx_bf16 = is_bf16(dx);
+  const int64_t size = call.bf16 ? 2 : 4, group = call.bf16 ? GROUP : GROUP / 2;
+  // as many blocks for every thread
+  const int64_t parts = round_up(ceil_div(call.K, DEPTH), torch::stable::get_num_threads());
+  const int64_t depth = round_up(ceil_div(call.K, parts), 32);
+  // lines lie side by side, float32 panels one after another
+  const int64_t ld = call.bf16 ? group * e.nr : e.nr, stride = call.bf16 ? e.nr : depth * e.nr;
+  torch::stable::parallel_for(0, ceil_div(call.K, depth), 1, [&](int64_t c0, int64_t c1) {
+    Scratch own(group * (depth + 1) * e.nr * size);
+    char *panels = own.data(), *line = panels + group * depth * e.nr * size;
     for (int64_t c = c0; c < c1; ++c) {
-      const int64_t k0 = c * DEPTH, k = std::min(DEPTH, call.K - k0);
-      std::vector<int64_t> first(call.M), begin{0};
+      const int64_t k0 = c * depth, k = std::min(depth, call.K - k0);
+      std::vector<int64_t> begin{0};
       std::vector<int32_t> at;
       for (int64_t m = 0; m < call.M; ++m) {
         const auto row = gone.at.begin() + gone.begin[m], end = gone.at.begin() + gone.begin[m + 1];
@@ -145,39 +155,33 @@ void fill_dropped(const Call& call, const Source& g, const Tensor& dx) {
         begin.push_back(int64_t(at.size()));
       }
       std::vector<float> dots(at.size());
-      for (int64_t q = 0; q < call.panels(); q += GROUP) {
-        const int64_t count = std::min(GROUP, call.panels() - q), j = q * e.nr, n = std::min(count * e.nr, call.N - j);
-        for (int64_t p = 0; p < count; ++p) call.panel(q + p, k0, k, true, panels + p * stride);
-        std::fill(line + n, line + count * e.nr, 0.0f);
+      for (int64_t q = 0; q < call.panels(); q += group) {
+        const int64_t count = std::min(group, call.panels() - q), j = q * e.nr, n = std::min(count * e.nr, call.N - j);
+        for (int64_t p = 0; p < count; ++p) call.panel(q + p, k0, k, panels + p * stride * size, ld);
+        std::memset(line, 0, count * e.nr * size);
         for (int64_t m = 0; m < call.M; ++m) {
           if (begin[m] == begin[m + 1]) continue;
-          e.rows(g, m, 1, j, n, line, n);
-          e.columns->collect(panels, stride, int(count), at.data() + begin[m], begin[m + 1] - begin[m], line,
-                             dots.data() + begin[m]);
+          const char* row = (const char*)g.data + (m * g.row + j) * size;
+          if (n < count * e.nr) row = (const char*)std::memcpy(line, row, n * size);
+          e.columns->collect(panels, call.bf16, stride, ld, int(count), at.data() + begin[m], begin[m + 1] - begin[m],
+                             row, dots.data() + begin[m]);
         }
       }
       for (int64_t m = 0; m < call.M; ++m)
         for (int64_t i = begin[m]; i < begin[m + 1]; ++i)
-          e.finish(&dots[i], 1, 1, 1, m, k0 + at[i], {dx.mutable_data_ptr(), bf16, call.K, 1});
+          e.finish(&dots[i], 1, 1, 1, m, k0 + at[i], {dx.mutable_data_ptr(), dx_bf16, call.K, 1});
     }
   });
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> dora_rows(const Tensor& w, const Tensor& a, bool transposed) {
-  check_float(w, "W");
-  check_float(a, "A");
+// ‖w‖² of each row (N,) float64 and w·aᵀ (N, r) float32
+void row_products(const Tensor& w, const Tensor& a, bool transposed, double* out, const Tensor& product) {
   const int64_t N = w.size(transposed ? 1 : 0), K = w.size(transposed ? 0 : 1), r = a.size(0);
-  STD_TORCH_CHECK(w.dim() == 2 && a.dim() == 2 && a.size(1) == K,
-                  "given: shapes that do not fit\nneeded: W (N, K) or (K, N), A (r, K)\ndo: call peft_fast.ops.dora_norm");
   const Engine& e = engine(false);  // A keeps its digits
   const Tensor dense = w.stride(1) == 1 || w.size(1) <= 1 ? w : torch::stable::contiguous(w);
   const Source rows = rows_of(dense);
   const int64_t size = is_bf16(w) ? 2 : 4;
   const char* data = (const char*)dense.const_data_ptr();
-  Tensor product = empty_like(w, {N, r}, ScalarType::Float), squares = empty_like(w, {N}, ScalarType::Double);
-  auto* out = (double*)squares.mutable_data_ptr();
   if (!transposed) {
     // W again while it is in a cache
     constexpr int64_t BLOCK = 512 << 10;
@@ -187,7 +191,7 @@ std::tuple<Tensor, Tensor> dora_rows(const Tensor& w, const Tensor& a, bool tran
         out[n] = e.columns->square(data + n * rows.row * size, rows.bf16, K);
     });
     gemm(e, N, {{{rows, K}}, {{r, {{turned(rows_of(a))}}, {}, target(product, r, 1)}}});
-    return {squares, product};
+    return;
   }
   constexpr int64_t STRIPE = 1024, DEPTH = 64;
   torch::stable::parallel_for(0, ceil_div(N, STRIPE), 1, [&](int64_t s0, int64_t s1) {
@@ -204,8 +208,61 @@ std::tuple<Tensor, Tensor> dora_rows(const Tensor& w, const Tensor& a, bool tran
     }
   });
   gemm_tokens(e, K, {{rows, N, {{rows_of(a), r, target(product, 1, r)}}}});
-  return {squares, product};
 }
+
+}  // namespace
+
+Tensor dora_norm(const Tensor& w, const Tensor& a, const Tensor& b, const Tensor& gram, double scaling, bool transposed) {
+  check_float(w, "W");
+  check_float(a, "A");
+  check_float(b, "B");
+  const int64_t N = w.size(transposed ? 1 : 0), K = w.size(transposed ? 0 : 1), r = a.size(0);
+  STD_TORCH_CHECK(w.dim() == 2 && a.dim() == 2 && a.size(1) == K && b.dim() == 2 && b.size(0) == N && b.size(1) == r &&
+                      gram.scalar_type() == ScalarType::Double && gram.is_contiguous() && gram.numel() == r * r,
+                  "given: shapes that do not fit\nneeded: W (N, K) or (K, N), A (r, K), B (N, r), A·Aᵀ in float64\n"
+                  "do: call peft_fast.ops.dora_norm");
+  Tensor product = empty_like(w, {N, r}, ScalarType::Float), norm = empty_like(w, {N}, ScalarType::Float);
+  std::vector<double> whole(N);
+  std::vector<uint8_t> near(N);
+  row_products(w, a, transposed, whole.data(), product);
+  const Engine& e = engine(false);
+  auto* out = (float*)norm.mutable_data_ptr();
+  const auto* p = (const float*)product.const_data_ptr();
+  const auto* g = (const double*)gram.const_data_ptr();
+  torch::stable::parallel_for(0, N, 256, [&](int64_t n0, int64_t n1) {
+    std::vector<float> line(r);
+    std::vector<double> scratch(r);
+    for (int64_t n = n0; n < n1; ++n) {
+      e.rows(rows_of(b), n, 1, 0, r, line.data(), r);
+      near[n] = e.columns->norm_row(g, r, line.data(), p + n * r, whole[n], scaling, scratch.data(), &whole[n]);
+      out[n] = float(std::sqrt(whole[n] < 0 ? 0 : whole[n]));
+    }
+  });
+  std::vector<int64_t> again;
+  for (int64_t n = 0; n < N; ++n)
+    if (near[n]) again.push_back(n);
+  if (again.empty()) return norm;
+  // what nearly vanishes beside W: straight from the sum, in float64
+  std::vector<float> wide(r * K);
+  e.rows(rows_of(a), 0, r, 0, K, wide.data(), K);
+  const Source rows = transposed ? turned(rows_of(w)) : rows_of(w);
+  torch::stable::parallel_for(0, int64_t(again.size()), 1, [&](int64_t i0, int64_t i1) {
+    std::vector<float> line(std::max(K, r));
+    std::vector<double> sum(K);
+    for (int64_t i = i0; i < i1; ++i) {
+      const int64_t n = again[i];
+      e.rows(rows, n, 1, 0, K, line.data(), K);
+      for (int64_t k = 0; k < K; ++k) sum[k] = line[k];
+      e.rows(rows_of(b), n, 1, 0, r, line.data(), r);
+      for (int64_t j = 0; j < r; ++j) e.columns->add_wide(scaling * line[j], wide.data() + j * K, K, sum.data());
+      double total = 0;
+      for (double v : sum) total += v * v;
+      out[n] = float(std::sqrt(total));
+    }
+  });
+  return norm;
+}
+
 
 std::tuple<Tensor, Tensor, Tensor> dora_linear(const Tensor& x_, const Tensor& w, const std::optional<Tensor>& bias,
                                                const Tensor& a, const Tensor& b, const Tensor& c,
@@ -221,21 +278,16 @@ std::tuple<Tensor, Tensor, Tensor> dora_linear(const Tensor& x_, const Tensor& w
   std::vector<float> wide_bias;
   if (bias) wide_bias = widened(*bias, call.N);
   const float* factors = (const float*)c.const_data_ptr();
-  const Tensor u = empty_like(x_, {call.drops() ? call.M : 0, call.N}, ScalarType::Float);
+  const float* wide = bias ? wide_bias.data() : nullptr;
   const Right right{turned(call.w), packed_data(packed, call.e, call.K, call.N)};
-  Columns columns{call.N, {right}, {{rows_of(h), turned(rows_of(b)), call.r}}, target(call.drops() ? u : y, call.N, 1)};
-  if (!call.drops()) {
-    columns.y.column_scale = factors;
-    columns.y.bias = bias ? wide_bias.data() : nullptr;
-    if (keep) columns.y.raw = z.mutable_data_ptr(), columns.y.raw_bf16 = is_bf16(z);
-  }
+  Columns columns{call.N, {right}, {{rows_of(h), turned(rows_of(b)), call.r}}, target(y, call.N, 1)};
+  columns.y.column_scale = factors;
+  columns.y.bias = wide;
+  if (keep) columns.y.raw = z.mutable_data_ptr(), columns.y.raw_bf16 = is_bf16(z);
+  std::optional<Mix> mix;
+  if (call.drops()) columns.last = &mix.emplace(call, x.source, factors, wide, y, z, keep);
   const Product skinny = shrink(call, x.source, a, h);
   gemm(call.e, call.M, {{{x.source, call.K}}, {columns}}, &skinny);
-  if (call.drops()) {
-    std::vector<float> more(factors, factors + call.N);
-    for (float& v : more) v -= 1;
-    mix_dropped(call, x.source, u, h, b, bias ? wide_bias.data() : nullptr, more, p, y, z, keep);
-  }
   return {y, h, z};
 }
 

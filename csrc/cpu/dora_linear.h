@@ -1,5 +1,5 @@
 // y = x·Wᵀ + bias + (c−1)∘drop(x)·Wᵀ + c∘s·drop(x)·Aᵀ·Bᵀ on the CPU; shapes and dtypes as in
-// peft_fast/ops/dora_linear.py. dora_rows is what the norm in c is made of.
+// peft_fast/ops/dora_linear.py, and the norm in c.
 #pragma once
 #include <tuple>
 
@@ -7,8 +7,8 @@
 
 namespace peft_fast {
 
-// w (N, K), or (K, N) if transposed, a (r, K) -> ‖w‖² of each row (N,) float64, w·aᵀ (N, r) float32
-std::tuple<Tensor, Tensor> dora_rows(const Tensor& w, const Tensor& a, bool transposed);
+// w (N, K), or (K, N) if transposed, a (r, K), b (N, r), gram (r, r) float64 = a·aᵀ -> ‖w + s·b·a‖ of each row (N,) float32
+Tensor dora_norm(const Tensor& w, const Tensor& a, const Tensor& b, const Tensor& gram, double scaling, bool transposed);
 
 // x (..., K), w, bias (N,), a (r, K), b (N, r), c (N,) float32, seed (1,) with p > 0 -> y (..., N) in x's dtype,
 // h (M, r) float32 = s·drop(x)·Aᵀ, z (M, N) = drop(x)·Wᵀ + h·Bᵀ where `keep` says so. packed: pack_weight(w, ..., false)

@@ -4,6 +4,7 @@
 // vectors of columns at a time. Nothing is packed but x, so that the weight's way from memory is all there is to pay.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/lanes.h"
 
@@ -39,6 +40,26 @@ float sum(typename Lanes<V>::vec v) {
   return line[0];
 }
 
+// the sum of each of four vectors, every one in the order that sum() has
+template <int V>
+void sum_four(const typename Lanes<V>::vec* v, float* out) {
+#if defined(__AVX512F__)
+  if constexpr (V == 16) {
+    const auto a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+    const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
+    // from here on four lanes each, as they came
+    __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+    all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4E));
+    all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xB1));
+    const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, all)));
+    return;
+  }
+#endif
+  for (int i = 0; i < 4; ++i) out[i] = sum<V>(v[i]);
+}
+
 // one vector's worth of w·x: w widened on the way in, x float32
 template <int V, class T>
 struct WideDot {
@@ -66,8 +87,9 @@ struct HalfDot {
 };
 #endif
 
-// c (TM, RW) = or += x (TM, k)·wᵀ (RW, k); a row's sum does not depend on RW
-template <class D, int V, int RW, int TM>
+// c (TM, RW) = or += x (TM, k)·wᵀ (RW, k); a row's sum does not depend on RW. AHEAD: asks for the next RW rows, which
+// the processor does not guess where rows are short, and which would else wait until all tokens had these
+template <class D, int V, int RW, int TM, bool AHEAD>
 void dots_tile(const typename D::W* w, int64_t row, const typename D::X* x, int64_t ldx, int64_t k, float* c,
                int64_t ldc, bool add) {
   using vec = typename D::vec;
@@ -83,6 +105,7 @@ void dots_tile(const typename D::W* w, int64_t row, const typename D::X* x, int6
 #pragma GCC unroll 4
       for (int i = 0; i < RW; ++i) {
         const vec ws = D::load(w + i * row + p + u * D::step);
+        if (AHEAD) __builtin_prefetch(w + (RW + i) * row + p + u * D::step, 0, 2);
 #pragma GCC unroll 4
         for (int t = 0; t < TM; ++t) D::add(acc[i][t][u], ws, xs[t]);
       }
@@ -97,24 +120,30 @@ void dots_tile(const typename D::W* w, int64_t row, const typename D::X* x, int6
     }
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < RW; ++i)
+  for (int t = 0; t < TM; ++t) {
+    vec all[RW];
+    float s[RW];
 #pragma GCC unroll 4
-    for (int t = 0; t < TM; ++t) {
-      vec all = acc[i][t][0];
-      if constexpr (U == 2) all += acc[i][t][1];
-      const float s = sum<V>(all);
-      float& to = c[t * ldc + i];
-      to = add ? to + s : s;
+    for (int i = 0; i < RW; ++i) {
+      all[i] = acc[i][t][0];
+      if constexpr (U == 2) all[i] += acc[i][t][1];
     }
+    if constexpr (RW == 4) sum_four<V>(all, s);
+    else
+      for (int i = 0; i < RW; ++i) s[i] = sum<V>(all[i]);
+    float* to = c + t * ldc;
+#pragma GCC unroll 4
+    for (int i = 0; i < RW; ++i) to[i] = add ? to[i] + s[i] : s[i];
+  }
 }
 
-template <class D, int V, int TM>
+template <class D, int V, int TM, bool AHEAD = false>
 void dots_rows(const typename D::W* w, int64_t row, int64_t n, const typename D::X* x, int64_t ldx, int64_t k,
                float* c, int64_t ldc, bool add) {
   constexpr int RW = V == 16 ? 4 : TM == 1 ? 4 : 2;
   int64_t i = 0;
-  for (; i + RW <= n; i += RW) dots_tile<D, V, RW, TM>(w + i * row, row, x, ldx, k, c + i, ldc, add);
-  for (; i < n; ++i) dots_tile<D, V, 1, TM>(w + i * row, row, x, ldx, k, c + i, ldc, add);
+  for (; i + RW <= n; i += RW) dots_tile<D, V, RW, TM, AHEAD>(w + i * row, row, x, ldx, k, c + i, ldc, add);
+  for (; i < n; ++i) dots_tile<D, V, 1, TM, false>(w + i * row, row, x, ldx, k, c + i, ldc, add);
 }
 
 template <class D, int V>
@@ -128,12 +157,18 @@ void dots_of(const void* w_, int64_t row, int64_t n, const void* x_, int64_t ldx
     for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += CHAIN * D::step) {
       const int64_t kn = std::min<int64_t>(CHAIN * D::step, k - k0);
       const auto* at = w + i * row + k0;
+      const auto rows_of = [&](auto some, auto ahead, int64_t t) {
+        dots_rows<D, V, some(), ahead()>(at, row, rows, x + t * ldx + k0, ldx, kn, c + t * ldc + i, ldc, add || k0);
+      };
+      constexpr std::integral_constant<int, 4> four{};
+      constexpr std::integral_constant<int, 2> two{};
+      constexpr std::integral_constant<int, 1> one{};
       int64_t t = 0;
-      for (; t + 4 <= m; t += 4)
-        dots_rows<D, V, 4>(at, row, rows, x + t * ldx + k0, ldx, kn, c + t * ldc + i, ldc, add || k0);
-      for (; t + 2 <= m; t += 2)
-        dots_rows<D, V, 2>(at, row, rows, x + t * ldx + k0, ldx, kn, c + t * ldc + i, ldc, add || k0);
-      if (t < m) dots_rows<D, V, 1>(at, row, rows, x + t * ldx + k0, ldx, kn, c + t * ldc + i, ldc, add || k0);
+      for (; t + 4 < m; t += 4) rows_of(four, std::false_type{}, t);
+      if (t + 4 == m) rows_of(four, std::true_type{}, t), t += 4;
+      for (; t + 2 < m; t += 2) rows_of(two, std::false_type{}, t);
+      if (t + 2 == m) rows_of(two, std::true_type{}, t), t += 2;
+      if (t < m) rows_of(one, std::true_type{}, t);
     }
   }
 }

@@ -8,6 +8,16 @@
 
 namespace peft_fast {
 
+// frozen values in few bits, one after another: value i is what its code means times scales[i / block]
+struct Codes {
+  int bits;              // 4: two a byte, the earlier in the high half; 8: an int8
+  const void* data;
+  const float* scales;
+  const float* meaning;  // of the 16 nibbles
+  const int8_t* zeros;   // of each block, the int8 that means zero; null = 0
+  int64_t block;
+};
+
 // a matrix as it lies in memory; element (i, j) is data[i * row + j * col]
 struct Source {
   const void* data;
@@ -16,6 +26,7 @@ struct Source {
   bool round = false;   // float32 that must be rounded to bfloat16 before use
   const uint8_t* mask = nullptr;  // bit (i, j) set = keep, rows mask_row bytes apart; null = keep all
   int64_t mask_row = 0;
+  const Codes* codes = nullptr;   // a Right's b: element (i, j) is value i * row + j * col of these, not of data
 };
 
 // where a finished tile goes: out = scale·c·column_scale + bias, element (i, j) at data[i * row + j * col]
@@ -57,13 +68,17 @@ struct ActLine {
 struct ColumnOps {
   double (*square)(const void* w, bool bf16, int64_t n);
   void (*add_squares)(const void* w, bool bf16, int64_t n, float* sums);
-  void (*mix)(const float* u, const float* gone, float keep, const float* more, const float* bias, int64_t n,
-              bool y_bf16, void* y, bool z_bf16, void* z);
+  void (*mix)(const float* u, const float* gone, const float* low, float keep, const float* c, const float* bias,
+              int64_t n, bool y_bf16, void* y, bool z_bf16, void* z);
   void (*scale)(const void* g, bool g_bf16, const void* z, bool z_bf16, const float* by, int64_t n, void* out,
                 float* dm, float* db);
-  void (*spread)(const float* panel, int width, const int32_t* at, const float* x, int64_t count, float* out);
-  void (*collect)(const float* panel, int64_t stride, int panels, const int32_t* at, int64_t count, const float* g,
-                  float* out);
+  void (*lines)(const Source& w, int64_t k0, int64_t k, int64_t j0, int64_t n, uint16_t* out, int64_t ld);
+  void (*spread)(const void* panel, int kpad, int width, const int32_t* at, const void* x, int64_t count, float* out);
+  void (*collect)(const void* panel, bool bf16, int64_t stride, int64_t ld, int panels, const int32_t* at,
+                  int64_t count, const void* g, float* out);
+  bool (*norm_row)(const double* gram, int64_t r, const float* b, const float* p, double squares, double s,
+                   double* scratch, double* whole);
+  void (*add_wide)(double f, const float* a, int64_t n, double* line);
 };
 
 struct Engine {
@@ -95,6 +110,8 @@ struct Engine {
   void (*sums)(const void* w, bool bf16, int64_t row, int64_t n, const float* x, int64_t ldx, int64_t k, int64_t m,
                float* c, int64_t ldc);
   const ColumnOps* columns;
+  // values [first, first + n) -> float32 or bfloat16, rounded once
+  void (*decode)(const Codes&, int64_t first, int64_t n, bool bf16, void* out);
   // around the tiles of one task: what the processor's tile state needs, 64 bytes keep the caller's; null = nothing
   void (*enter)(void* saved) = nullptr;
   void (*leave)(const void* saved) = nullptr;

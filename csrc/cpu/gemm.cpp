@@ -11,13 +11,49 @@ namespace {
 
 constexpr int64_t CHUNK_BYTES = 4 << 20;   // of packed B at a time: stays in the last-level cache
 constexpr int64_t CHUNK_PANELS = 16;       // and that many panels at the least: every chunk packs A anew
+constexpr int64_t WHOLE_PANELS = 4;        // of those that an epilogue must find whole
+constexpr int64_t WHOLE = INT64_MAX / 2;
 constexpr int64_t LAYER_ROWS = 4096;       // whose accumulators wait between layers at a time
 constexpr int64_t BLOCK_BYTES = 256 << 10; // of A a task works on: stays in the second-level cache
 constexpr int64_t K_BYTES = 4096;          // of one row per pass over K: a panel stays in the second-level cache
 
+// pack_panels of a matrix in codes: decoded a strip at a time, which is packed while it is in the first-level cache
+void decode_panels(const Engine& e, int64_t r0, int64_t K, int64_t N, const Source& b, int64_t p0, int64_t p1,
+                   char* out, int64_t stride) {
+  constexpr int64_t DEPTH = 256, ROWS = 32, PANELS = 8;  // of a strip along b's rows and along its columns
+  const bool along = b.row == 1;                         // neighbours in memory are a column's
+  const int64_t size = e.element(), ld = along ? DEPTH : PANELS * e.nr;
+  Scratch own((along ? e.nr : ROWS) * ld * size);
+  const Source strip{own.data(), e.half, along ? 1 : ld, along ? ld : 1, b.round && !e.half};
+  auto panel = [&](int64_t p, int64_t k0, int64_t k, int64_t j) {
+    const int64_t n = std::min<int64_t>(e.nr, N - p * e.nr);
+    const int width = e.width(n);
+    e.panel(strip, 0, k, j, n, width, out + (p - p0) * stride + k0 * width * size);
+  };
+  if (along) {
+    for (int64_t p = p0; p < p1; ++p)
+      for (int64_t k0 = 0; k0 < K; k0 += DEPTH) {
+        const int64_t k = std::min(DEPTH, K - k0), n = std::min<int64_t>(e.nr, N - p * e.nr);
+        for (int64_t j = 0; j < n; ++j)
+          e.decode(*b.codes, (p * e.nr + j) * b.col + r0 + k0, k, e.half, own.data() + j * ld * size);
+        panel(p, k0, k, 0);
+      }
+    return;
+  }
+  for (int64_t first = p0; first < p1; first += PANELS)
+    for (int64_t k0 = 0; k0 < K; k0 += ROWS) {
+      const int64_t last = std::min(p1, first + PANELS), k = std::min(ROWS, K - k0);
+      const int64_t n = std::min(N, last * e.nr) - first * e.nr;
+      for (int64_t i = 0; i < k; ++i)
+        e.decode(*b.codes, (r0 + k0 + i) * b.row + first * e.nr, n, e.half, own.data() + i * ld * size);
+      for (int64_t p = first; p < last; ++p) panel(p, k0, k, (p - first) * e.nr);
+    }
+}
+
 // rows [r0, r0 + K) of panels [p0, p1) of b, which has N columns; the first at `out`, each `stride` bytes further
 void pack_panels(const Engine& e, int64_t r0, int64_t K, int64_t N, const Source& b, int64_t p0, int64_t p1, char* out,
                  int64_t stride) {
+  if (b.codes) return decode_panels(e, r0, K, N, b, p0, p1, out, stride);
   // columns that lie together in memory are read along the rows, a few rows at a time for all panels: a cold weight
   // then streams in, where one panel after another would touch every page of it for a line or two
   constexpr int64_t ROWS = 32;
@@ -124,12 +160,12 @@ class Plan {
     }
   }
 
-  // chunks of one size, about `most` bytes or CHUNK_PANELS
-  std::vector<Chunk> chunks(int64_t most) const {
+  // chunks of one size, about `most` bytes or so many panels
+  std::vector<Chunk> chunks(int64_t most, int64_t panels = CHUNK_PANELS) const {
     int64_t total = 0, before = 0;
     for (const Part& part : parts) {
       total += part.panels * part.bytes;
-      most = std::max(most, CHUNK_PANELS * part.bytes);
+      most = std::max(most, panels * part.bytes);
     }
     const int64_t count = std::max<int64_t>(1, ceil_div(total, most));
     std::vector<Chunk> all(count);
@@ -216,7 +252,7 @@ class Plan {
             const char *a = w.low_a + part.low_a * size, *b = panel + packed.low_b;
             for (const LowRank& l : c.low) {
               const int64_t k = e.padded(l.k);
-              (l.mask.mask ? masked : segments).push_back({k, a, low_row, b});
+              (l.mask.mask || c.last ? masked : segments).push_back({k, a, low_row, b});
               a += k * size;
               b += k * e.nr * size;
             }
@@ -230,6 +266,15 @@ class Plan {
             for (Segment& s : segments) s.a = (const char*)s.a + e.mr * s.lda * size;
             if (pass < part.last) continue;
             size_t next = 0;
+            if (c.last) {
+              Segment& s = masked[0];
+              e.tile(&s, 1, w.z, e.nr, mi, width, false);
+              s.a = (const char*)s.a + e.mr * s.lda * size;
+              const char* right = (const char*)c.rights[0].packed;
+              right = right ? right + p * e.padded(product.lefts[0].k) * e.nr * size : panel + packed.at[0];
+              c.last->tile(to, ldc, w.z, e.nr, mi, n, width, i0 + i, j0, right);
+              continue;
+            }
             for (const LowRank& l : c.low) {
               if (!l.mask.mask) continue;
               Segment& s = masked[next++];
@@ -295,8 +340,9 @@ void pack(const Engine& e, int64_t K, int64_t N, const Source& b, void* out) {
 
 void gemm(const Engine& e, int64_t M, const Product& main, const Product* before) {
   if (M == 0) return;
-  const Plan plan(e, main, CHUNK_BYTES);
-  const std::vector<Chunk> chunks = plan.chunks(CHUNK_BYTES);
+  const bool whole = !main.columns.empty() && main.columns[0].last;
+  const Plan plan(e, main, whole ? WHOLE : CHUNK_BYTES);
+  const std::vector<Chunk> chunks = plan.chunks(CHUNK_BYTES, whole ? WHOLE_PANELS : CHUNK_PANELS);
   if (chunks.empty()) {
     if (before) gemm(e, M, *before);
     return;
@@ -315,7 +361,6 @@ void gemm(const Engine& e, int64_t M, const Product& main, const Product* before
     gemm(e, M, *before);
     before = nullptr;
   }
-  constexpr int64_t WHOLE = INT64_MAX / 2;
   const Product none;
   const Plan first(e, before ? *before : none, WHOLE);
   std::vector<Chunk> skinny = first.chunks(WHOLE);

@@ -28,12 +28,24 @@ struct LowRank {
   float mask_scale = 1.0f;
 };
 
+// what becomes of a tile instead of a copy to a Target, while all of it is in the caches: c (m, n) of a product with one
+// right operand, low (m, n) of its only low-rank term, and the right operand's packed columns [j0, j0 + width), whole
+class Epilogue {
+ public:
+  virtual void tile(const float* c, int64_t ldc, const float* low, int64_t ldl, int m, int n, int width, int64_t i0,
+                    int64_t j0, const void* panel) const = 0;
+
+ protected:
+  ~Epilogue() = default;
+};
+
 // N columns: y (M, N) = Σ left · right + Σ low-rank terms
 struct Columns {
   int64_t N;
   std::vector<Right> rights;  // one for each left operand
   std::vector<LowRank> low;
   Target y;
+  const Epilogue* last = nullptr;
 };
 
 // columns that share their left operands: each block of those is packed once for all

@@ -74,7 +74,7 @@ static constexpr Engine f32 = engine_of<F32Step<16>, 16, 12>("amx");
 static constexpr Engine bf16 = {
     "amx", true, 32, 32, 32, 16, rows<uint16_t, 32>, panel<uint16_t, 32, true>, tile_amx, add_masked, finish, mask_row,
     activate<16, false>, activate<16, true>, add_row<16>,
-    dots_with<16, true>(), sums<16>, &column_ops<16>, enter, leave};
+    dots_with<16, true>(), sums<16>, &column_ops<16>, decode<16>, enter, leave};
 IsaEngines amx_engines() { return {&f32, &bf16}; }
 }  // namespace peft_fast
 #else

@@ -93,6 +93,13 @@ struct Adapters {
 // a W without columns stands for no base product at all
 bool has_product(const Tensor& w, bool transposed) { return w.size(transposed ? 0 : 1) > 0; }
 
+// W_i, maybe in codes, which lie row by row
+Source base(const Tensor& w, bool transposed, bool half, const std::vector<const Codes*>& codes, size_t i) {
+  Source s = weight(w, transposed, half);
+  if (i >= codes.size() || !codes[i]) return s;
+  return {s.data, false, w.size(1), 1, half, nullptr, 0, codes[i]};
+}
+
 // what forward and backward know of sibling i
 void check_sibling(const Tensor& w, const Tensor& a, const Tensor& b, bool transposed, int64_t N, int64_t K,
                    const Adapters& adapters, size_t i) {
@@ -134,6 +141,15 @@ std::tuple<std::vector<Tensor>, Tensor> lora_group(
     const std::vector<Tensor>& bs, const std::optional<Tensor>& seed, const std::vector<int64_t>& counts,
     const std::vector<int64_t>& ranks, const std::vector<double>& scalings, const std::vector<double>& ps,
     const std::vector<bool>& transposed, const std::vector<std::optional<Tensor>>& packed) {
+  return group_forward(x_, ws, biases, a, bs, seed, counts, ranks, scalings, ps, transposed, packed, {});
+}
+
+std::tuple<std::vector<Tensor>, Tensor> group_forward(
+    const Tensor& x_, const std::vector<Tensor>& ws, const std::vector<std::optional<Tensor>>& biases, const Tensor& a,
+    const std::vector<Tensor>& bs, const std::optional<Tensor>& seed, const std::vector<int64_t>& counts,
+    const std::vector<int64_t>& ranks, const std::vector<double>& scalings, const std::vector<double>& ps,
+    const std::vector<bool>& transposed, const std::vector<std::optional<Tensor>>& packed,
+    const std::vector<const Codes*>& codes) {
   const Matrix x = matrix(x_, "x");
   const Engine& e = engine(x.source.bf16);
   const int64_t M = x.rows, K = x.cols;
@@ -152,7 +168,7 @@ std::tuple<std::vector<Tensor>, Tensor> lora_group(
     ys.push_back(empty_like(x_, with_last(x_, N)));
     Right right{};
     if (has_product(ws[i], transposed[i]))
-      right = {turned(weight(ws[i], transposed[i], x.source.bf16)), packed_data(packed[i], e, K, N)};
+      right = {turned(base(ws[i], transposed[i], x.source.bf16, codes, i)), packed_data(packed[i], e, K, N)};
     Columns c{N, {right}, {}, target(ys[i], N, 1)};
     if (R > 0) c.low.push_back({from_col(rows_of(h), begin), turned(rows_of(bs[i])), R});
     if (biases[i]) c.y.bias = (wide[i] = widened(*biases[i], N)).data();
@@ -180,7 +196,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> group_backw
     const std::vector<int64_t>& counts, const std::vector<int64_t>& ranks, const std::vector<double>& scalings,
     const std::vector<double>& ps, const std::vector<bool>& transposed, bool needs_x,
     const std::vector<bool>& needs_bias, bool needs_a, const std::vector<bool>& needs_b, bool wide_dx,
-    const std::vector<std::optional<Tensor>>& packed, const std::function<Source(const Tensor& dx)>& between) {
+    const std::vector<std::optional<Tensor>>& packed, const std::function<Source(const Tensor& dx)>& between,
+    const std::vector<const Codes*>& codes) {
   check_float(x_, "x");
   const Engine& e = engine(is_bf16(x_));
   STD_TORCH_CHECK(x_.dim() >= 1 && h.dim() == 2, "given: x or H of other dimensions\nneeded: x (..., K), H (M, R)\n"
@@ -218,7 +235,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> group_backw
     product.lefts.push_back({g.source, N});
     Right right{};
     if (has_product(ws[i], transposed[i]))
-      right = {weight(ws[i], transposed[i], is_bf16(x_)), packed_data(packed[i], e, N, K)};
+      right = {base(ws[i], transposed[i], is_bf16(x_), codes, i), packed_data(packed[i], e, N, K)};
     columns.rights.push_back(right);
     // dBᵀ = Hᵀ·G and dbias = 1ᵀ·G, one pass over G
     const bool db = needs_b[i] && rank > 0;

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "cpu/activation.h"
+#include "cpu/codes.h"
 #include "cpu/columns.h"
 #include "cpu/copies.h"
 #include "cpu/dots.h"
@@ -119,7 +120,7 @@ constexpr Engine engine_of(const char* isa) {
   using E = typename S::element;
   return {isa,       sizeof(E) == 2, MR, 2 * V, S::pair, 1, rows<E, S::pair>, panel<E, S::pair, false>, tile<S, V, MR>,
           add_masked, finish,        mask_row, activate<V, false>, activate<V, true>, add_row<V>,
-          dots_with<V, sizeof(E) == 2>(), sums<V>, &column_ops<V>};
+          dots_with<V, sizeof(E) == 2>(), sums<V>, &column_ops<V>, decode<V>};
 }
 
 }  // namespace

@@ -20,6 +20,7 @@ OPS = (
     "lora_experts",
     "nf4",
     "lora_add",
+    "lora_quantized",
 )
 _ops = {
     backend: {op for op in OPS if importlib.util.find_spec(f"peft_fast.backends.{backend}.{op}")}

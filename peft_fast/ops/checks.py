@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_fast.errors import DeviceError, DtypeError, SettingsError, ShapeError, fail
+from peft_fast.ops.spec import Adapter
 
 MAX_RANK = 1024
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -42,17 +43,55 @@ def _check_dense(*tensors):
             fail(DeviceError, f"{name} on meta", "a device that holds data", f"move {name} with to_empty() and load it")
 
 
+def check_adapter(
+    a: Adapter, K: int, N: int, owner: str, like: tuple[str, Tensor], count: int = 1, bare: str = ""
+) -> None:
+    """A (r·count, K) and B (N, r·count) are an adapter of ``owner``, on the device of ``like`` = (name, tensor).
+
+    ``bare`` is the class of PEFT's whose adapters have neither dropout nor a bias, if it is one.
+    """
+    A, B = a.A, a.B
+    rows = A.shape[0] if A.dim() == 2 else 0
+    if A.dim() != 2 or B.dim() != 2 or A.shape[1] != K or B.shape != (N, rows) or rows % count:
+        r = "r" if count == 1 else f"r·{count}"
+        given, need = f"A {tuple(A.shape)}, B {tuple(B.shape)}", f"A ({r}, {K}) and B ({N}, {r})"
+        fail(ShapeError, given, need, f"check that the adapter belongs to this {owner}")
+    if not 0 < rows // count <= MAX_RANK:
+        fail(ShapeError, f"r = {rows // count}", f"a rank from 1 to {MAX_RANK}", "leave an empty adapter out")
+    if A.dtype != B.dtype or A.dtype not in FLOATS:
+        fail(DtypeError, f"A {A.dtype}, B {B.dtype}", "one float dtype for both", "cast the adapter")
+    if bare and (a.p or a.bias is not None):
+        fail(SettingsError, "an adapter with dropout or a bias", f"p=0 and no bias, as PEFT's {bare}", "leave them out")
+    if a.bias is not None and a.bias.shape != (N,):
+        fail(ShapeError, f"adapter bias {tuple(a.bias.shape)}", f"({N},)", "pass lora_B's own bias")
+    if isinstance(a.scaling, Tensor) and a.scaling.dim():
+        given = f"scaling {tuple(a.scaling.shape)}"
+        fail(ShapeError, given, "a float or a 0-d tensor", "pass one scaling per adapter")
+    for label, t in (("A", A), ("B", B), ("adapter bias", a.bias)):
+        if t is not None:
+            check_float(label, t)
+            check_device(label, t, *like)
+
+
+def check_float(label: str, t: Tensor) -> None:
+    """A dtype that is computed with."""
+    if t.dtype not in FLOATS:
+        fail(DtypeError, f"{label} of {t.dtype}", "float64, float32, bfloat16 or float16", f"convert {label}")
+
+
+def check_device(label: str, t: Tensor, name: str, like: Tensor) -> None:
+    """On the device of another tensor."""
+    if t.device != like.device:
+        given = f"{name} on {like.device}, {label} on {t.device}"
+        fail(DeviceError, given, "one device", f"move {label} with .to({name}.device)")
+
+
 def check(x, dtype, W, bias, adapters, transposed):
     """Shapes, dtypes and devices fit; ``dtype`` is the one computed in: x's, or autocast's."""
-    if x.dtype not in FLOATS:
-        fail(DtypeError, f"x of {x.dtype}", "float64, float32, bfloat16 or float16", "convert x with x.to(...)")
+    check_float("x", x)
     if x.dim() == 0 or W.dim() != 2:
-        fail(
-            ShapeError,
-            f"x {tuple(x.shape)}, W {tuple(W.shape)}",
-            "x (..., K) and a 2-d W",
-            "see lora_linear's docstring",
-        )
+        given = f"x {tuple(x.shape)}, W {tuple(W.shape)}"
+        fail(ShapeError, given, "x (..., K) and a 2-d W", "see lora_linear's docstring")
     K, N = W.shape if transposed else W.shape[::-1]
     if x.shape[-1] != K:
         fail(
@@ -63,39 +102,12 @@ def check(x, dtype, W, bias, adapters, transposed):
         )
     if bias is not None and bias.shape != (N,):
         fail(ShapeError, f"bias {tuple(bias.shape)}", f"({N},)", "pass the bias of the same layer as W")
-    tensors = [("W", W)] if bias is None else [("W", W), ("bias", bias)]
+    for label, t in (("W", W), ("bias", bias)):
+        if t is not None:
+            check_float(label, t)
+            check_device(label, t, "x", x)
     for a in adapters:
-        if a.A.dim() != 2 or a.B.dim() != 2 or a.A.shape[1] != K or a.B.shape != (N, a.A.shape[0]):
-            fail(
-                ShapeError,
-                f"A {tuple(a.A.shape)}, B {tuple(a.B.shape)}",
-                f"A (r, {K}) and B ({N}, r)",
-                "check that the adapter belongs to this layer",
-            )
-        if not 0 < a.A.shape[0] <= MAX_RANK:
-            fail(ShapeError, f"r = {a.A.shape[0]}", f"a rank from 1 to {MAX_RANK}", "leave an empty adapter out")
-        if a.A.dtype != a.B.dtype or a.A.dtype not in FLOATS:
-            fail(DtypeError, f"A {a.A.dtype}, B {a.B.dtype}", "one float dtype for both", "cast the adapter")
-        if a.bias is not None and a.bias.shape != (N,):
-            fail(ShapeError, f"adapter bias {tuple(a.bias.shape)}", f"({N},)", "pass lora_B's own bias")
-        if isinstance(a.scaling, Tensor) and a.scaling.dim():
-            fail(
-                ShapeError,
-                f"scaling {tuple(a.scaling.shape)}",
-                "a float or a 0-d tensor",
-                "pass one scaling per adapter",
-            )
-        tensors += [("A", a.A), ("B", a.B)] if a.bias is None else [("A", a.A), ("B", a.B), ("adapter bias", a.bias)]
-    for label, tensor in tensors:
-        if tensor.dtype not in FLOATS:
-            fail(DtypeError, f"{label} of {tensor.dtype}", "float64, float32, bfloat16 or float16", f"convert {label}")
-        if tensor.device != x.device:
-            fail(
-                DeviceError,
-                f"x on {x.device}, {label} on {tensor.device}",
-                "one device",
-                f"move {label} with .to(x.device)",
-            )
+        check_adapter(a, K, N, "layer", ("x", x))
     if W.dtype != dtype and (W.dtype != torch.float32 or dtype == torch.float64):
         fail(
             DtypeError,
@@ -110,29 +122,13 @@ def check_embedding(ids, W, adapters, padding_idx, scale):
     check_kinds(ids, W, None, adapters)
     if ids.dtype not in (torch.int32, torch.int64):
         fail(DtypeError, f"ids of {ids.dtype}", "int32 or int64", "pass token numbers")
-    if W.dtype not in FLOATS:
-        fail(DtypeError, f"W of {W.dtype}", "float64, float32, bfloat16 or float16", "convert W")
+    check_float("W", W)
     if W.dim() != 2:
         fail(ShapeError, f"W {tuple(W.shape)}", "a 2-d W (V, D)", "pass the embedding's weight")
+    check_device("W", W, "ids", ids)
     V, D = W.shape
     for a in adapters:
-        if a.A.dim() != 2 or a.B.dim() != 2 or a.A.shape[1] != V or a.B.shape != (D, a.A.shape[0]):
-            given, need = f"A {tuple(a.A.shape)}, B {tuple(a.B.shape)}", f"A (r, {V}) and B ({D}, r)"
-            fail(ShapeError, given, need, "check that the adapter belongs to this embedding")
-        if not 0 < a.A.shape[0] <= MAX_RANK:
-            fail(ShapeError, f"r = {a.A.shape[0]}", f"a rank from 1 to {MAX_RANK}", "leave an empty adapter out")
-        if a.A.dtype != a.B.dtype or a.A.dtype not in FLOATS:
-            fail(DtypeError, f"A {a.A.dtype}, B {a.B.dtype}", "one float dtype for both", "cast the adapter")
-        if a.p or a.bias is not None:
-            given = "an adapter with dropout or a bias"
-            fail(SettingsError, given, "p=0 and no bias, as PEFT's lora.Embedding", "leave them out")
-        if isinstance(a.scaling, Tensor) and a.scaling.dim():
-            given = f"scaling {tuple(a.scaling.shape)}"
-            fail(ShapeError, given, "a float or a 0-d tensor", "pass one scaling per adapter")
-    for label, tensor in [("W", W), *(("A", a.A) for a in adapters), *(("B", a.B) for a in adapters)]:
-        if tensor.device != ids.device:
-            given = f"ids on {ids.device}, {label} on {tensor.device}"
-            fail(DeviceError, given, "one device", f"move {label} with .to(ids.device)")
+        check_adapter(a, V, D, "embedding", ("ids", ids), bare="lora.Embedding")
     if padding_idx is not None and not -V <= padding_idx < V:
         fail(ShapeError, f"padding_idx={padding_idx}", f"a token from {-V} to {V - 1}", "pass the embedding's own")
     if scale is not None and not isinstance(scale, NUMBERS) and not (isinstance(scale, Tensor) and scale.numel() == 1):

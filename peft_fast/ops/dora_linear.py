@@ -61,8 +61,10 @@ def dora_linear(
         y = _reference(x.to(dtype), Sibling(W, bias, [adapter], transposed), m, norm, seed)
     else:
         spec = Spec([adapter.A.shape[0]], [adapter.scaling], [adapter.p], x.dtype, transposed, exact, name, plan)
-        uncast = x if x.dtype != dtype else None
-        y = DoraLinear.apply(x.to(dtype), W, bias, adapter.A, adapter.B, m, norm, seed, spec, uncast)
+        x, uncast = prepare.narrowed(x, dtype)
+        # asked here, as a Function runs without gradients: m.requires_grad alone would keep P in every evaluation
+        keep = torch.is_grad_enabled() and m.requires_grad
+        y = DoraLinear.apply(x, W, bias, adapter.A, adapter.B, m, norm, seed, spec, uncast, keep)
     prepare.count_call()
     return y
 
@@ -71,9 +73,9 @@ class DoraLinear(torch.autograd.Function):
     """Saves x, H (M, r) and, for a magnitude that trains, P (M, N), which its scale is applied to."""
 
     @staticmethod
-    def forward(ctx, x, W, bias, A, B, m, norm, seed, spec, uncast):
+    def forward(ctx, x, W, bias, A, B, m, norm, seed, spec, uncast, keep):
         c = _factor(m, norm)
-        y, H, P = backends[spec.backend].forward(x, W, bias, A, B, c, seed, spec, ctx.needs_input_grad[5])
+        y, H, P = backends[spec.backend].forward(x, W, bias, A, B, c, seed, spec, keep)
         ctx.save_for_backward(x, W, bias, A, B, m, norm, H, P, seed)
         ctx.spec = spec
         return y
@@ -83,15 +85,15 @@ class DoraLinear(torch.autograd.Function):
         x, W, bias, A, B, m, norm, H, P, seed = ctx.saved_tensors
         needs, spec = ctx.needs_input_grad, ctx.spec
         if g is None:
-            return (None,) * 10
+            return (None,) * 11
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _differentiable_backward(g, (x, W, bias, A, B, m), needs, norm, seed, spec)
-            return *grads, None, None, None, None
+            return *grads, None, None, None, None, None
         wanted = (needs[0] or needs[9], *needs[1:6])
         c = _factor(m, norm)
         dx, *grads, dm = backends[spec.backend].backward(g, x, W, bias, A, B, c, H, P, norm, seed, spec, wanted)
-        dx, uncast = (None, dx) if needs[9] else (dx, None)
-        return dx, *grads, None if dm is None else dm.to(m.dtype), None, None, None, uncast
+        dx, uncast = prepare.dx_of(dx, needs[9])
+        return dx, *grads, None if dm is None else dm.to(m.dtype), None, None, None, uncast, None
 
 
 def check_columns(t: Tensor, name: str, W: Tensor, transposed: bool) -> None:

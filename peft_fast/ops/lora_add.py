@@ -13,7 +13,7 @@ from peft_fast.errors import DeviceError, DtypeError, ShapeError, fail
 from peft_fast.ops import prepare
 from peft_fast.ops.checks import FLOATS, check, check_kinds
 from peft_fast.ops.dropout import draw_seed
-from peft_fast.ops.lora_linear import spec_of, stacked
+from peft_fast.ops.lora_linear import apart, spec_of, stacked
 from peft_fast.ops.lora_quantized import placeholder
 from peft_fast.ops.spec import Adapter
 from peft_fast.reference import lora_add as reference
@@ -50,7 +50,8 @@ def lora_add(
     bias = prepare.merge_bias(None, adapters)
     A, B = stacked(x, dtype, base.shape[-1], adapters)
     spec = spec_of(adapters, x.dtype, False, exact, name, plan)
-    return LoraAdd.apply(base, x.to(dtype), bias, A, B, seed, spec, x if x.dtype != dtype else None)
+    x, uncast = prepare.narrowed(x, dtype)
+    return LoraAdd.apply(base, x, bias, A, B, seed, spec, uncast)
 
 
 def _check(base, x, dtype, adapters):
@@ -69,7 +70,7 @@ def _check(base, x, dtype, adapters):
 
 
 class LoraAdd(torch.autograd.Function):
-    """Saves x, H (M, r) and the seeds; ``uncast`` as in LoraLinear."""
+    """Saves x, H (M, r) and the seeds; x and ``uncast`` are what prepare.narrowed() gives."""
 
     @staticmethod
     def forward(ctx, base, x, bias, A, B, seed, spec, uncast):
@@ -89,7 +90,7 @@ class LoraAdd(torch.autograd.Function):
             return dbase, *_differentiable(g, ctx.base, (x, bias, A, B), needs[1:5], seed, spec), None, None, None
         wanted = (needs[1] or needs[7], *needs[2:5])
         dx, dbias, dA, dB = backends[spec.backend].backward(g, x, bias, A, B, H, seed, spec, wanted)
-        dx, uncast = (None, dx) if needs[7] else (dx, None)
+        dx, uncast = prepare.dx_of(dx, needs[7])
         return dbase, dx, dbias, dA, dB, None, None, uncast
 
 
@@ -104,11 +105,9 @@ def _defined(base, x, adapters, seed):
 def _differentiable(g, base, inputs, needs, seed, spec):
     """Gradients that can be differentiated again (create_graph=True): autograd through the definition."""
     x, bias, A, B = inputs
-    split = zip(A.split(spec.ranks), B.split(spec.ranks, dim=1), spec.scalings, spec.ps, strict=True)
-    adapters = [Adapter(a, b, s, p) for a, b, s, p in split]
     shape, dtype = base
     zero = x.new_zeros(shape, dtype=dtype)
-    y = _defined(zero if bias is None else zero + bias, x, adapters, seed)
+    y = _defined(zero if bias is None else zero + bias, x, apart(A, B, spec), seed)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     grads = iter(torch.autograd.grad(y, wanted, g, create_graph=True, allow_unused=True) if wanted else ())
     return [next(grads) if need else None for need in needs]

@@ -15,6 +15,8 @@ from peft_fast.ops.lora_linear import lora_linear
 from peft_fast.ops.spec import Adapter
 
 MOST = 32  # tokens from which on a product with packed operands is as fast
+# and where more were measured, by instruction set and dtype
+MORE = {"avx512_bf16": {torch.float32: 127, torch.bfloat16: 96}}
 
 backends = modules("lora_decode")
 
@@ -30,22 +32,27 @@ def lora_decode(
 ) -> Tensor:
     """x (..., K), W (N, K) or (K, N) if ``transposed``, bias (N,) -> y (..., N) in x's dtype (autocast's, if on).
 
-    Adapters are multiplied in their own dtype, everything is summed in float32 and rounded once. Where the compiled
-    kernel does not run (other devices and dtypes, dropout, a gradient that is wanted) this is lora_linear, of which it
-    has the errors and the source.
+    Adapters are multiplied in their own dtype, everything is summed in float32 and rounded once. Where no kernel of
+    its own runs (other devices and dtypes, dropout, a gradient that is wanted) this is lora_linear, of which it has
+    the errors and the source.
     """
     check_kinds(x, W, bias, adapters)
     dtype, _ = prepare.computed_dtype(x)
     check(x, dtype, W, bias, adapters, transposed)
-    if x.device.type != "cpu" or backend not in (None, "cpu") or _differentiable(x, W, bias, adapters):
+    if backend in ("torch", "reference") or _differentiable(x, W, bias, adapters) or any(a.p > 0 for a in adapters):
         return lora_linear(x, W, bias, adapters, transposed=transposed, backend=backend)
-    adapters = prepare.number_scalings(adapters)
-    others = prepare.tensors_beside_W(adapters, bias)
+    numbered = prepare.number_scalings(adapters)
+    others = prepare.tensors_beside_W(numbered, bias)
     name, *_ = dispatch.pick(x, dtype, W, others, backend=backend, op="lora_decode")
-    if name != "cpu" or any(a.p > 0 for a in adapters):
+    if name not in backends:
         return lora_linear(x, W, bias, adapters, transposed=transposed, backend=backend)
     prepare.count_call()
-    return backends[name].forward(x.to(dtype), W.to(dtype), bias, adapters, transposed)
+    return backends[name].forward(x.to(dtype), W.to(dtype), bias, numbered, transposed)
+
+
+def most(dtype: torch.dtype) -> int:
+    """Tokens up to which the compiled kernel pays on this machine."""
+    return MORE.get(native.isa(), {}).get(dtype, MOST)
 
 
 def kernel() -> Callable[..., Tensor] | None:

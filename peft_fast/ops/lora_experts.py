@@ -12,30 +12,35 @@ from torch import Tensor
 
 from peft_fast import dispatch
 from peft_fast.backends import modules
-from peft_fast.errors import DeviceError, DtypeError, SettingsError, ShapeError, fail
+from peft_fast.errors import ShapeError, fail
 from peft_fast.ops import prepare
-from peft_fast.ops.checks import FLOATS, MAX_RANK, check_kinds
+from peft_fast.ops.checks import check_adapter, check_device, check_float, check_kinds
 from peft_fast.ops.spec import Adapter, ExpertsSpec, Routing
 from peft_fast.reference import lora_experts as reference
 
 backends = modules("lora_experts")
+FEW = 16  # rows of an expert from which on a product with packed operands is as fast
 
 
 def route_experts(experts: Tensor, count: int) -> Routing:
-    """experts (T, k) int, the numbers below ``count`` of the experts that see each token -> Routing."""
+    """experts (T, k) int, the numbers below ``count`` of the experts that see each token -> Routing.
+
+    Another number is refused on the CPU; elsewhere nothing waits to look, and its row of lora_experts is NaN.
+    """
     if experts.dim() != 2 or experts.dtype not in (torch.int32, torch.int64):
         given = f"experts {tuple(experts.shape)} of {experts.dtype}"
         fail(ShapeError, given, "(T, k) of int64 or int32", "pass the router's choice")
     ids = experts.reshape(-1)
-    if ids.numel():
-        low, high = torch.stack(torch.aminmax(ids)).tolist()
-        if low < 0 or high >= count:
-            given = f"experts from {low} to {high}"
-            fail(ShapeError, given, f"numbers from 0 to {count - 1}", "pass the router's choice of these experts")
-    order = torch.argsort(ids, stable=True)
+    if ids.device.type != "cpu":  # where looking at values would have to wait for them
+        ids = torch.where((ids < 0) | (ids >= count), count, ids)
+    ids, order = torch.sort(ids, stable=True)
+    if ids.device.type == "cpu" and ids.numel() and not 0 <= ids[0] <= ids[-1] < count:
+        given = f"experts from {int(ids[0])} to {int(ids[-1])}"
+        fail(ShapeError, given, f"numbers from 0 to {count - 1}", "pass the router's choice of these experts")
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.shape[0], device=order.device)
-    return Routing(order, inverse, torch.bincount(ids, minlength=count), experts.shape[1])
+    begins = torch.searchsorted(ids, torch.arange(count + 1, dtype=ids.dtype, device=ids.device))
+    return Routing(order, inverse, begins.diff(), experts.shape[1])
 
 
 def lora_experts(
@@ -65,6 +70,8 @@ def lora_experts(
     x = x.to(W.dtype)
     if name == "reference" or (W.requires_grad and torch.is_grad_enabled()):
         y = _define(x, W, bias, adapters, routing, tokens, transposed)
+    elif name == "cpu" and _few(routing) and not _differentiable(x, bias, adapters):
+        y = backends[name].decode(x, W, bias, adapters, routing, tokens, transposed)
     else:
         As = [a.A.reshape(W.shape[0], -1, x.shape[1]) for a in adapters]
         if len(As) > 1:
@@ -78,6 +85,16 @@ def lora_experts(
         y = LoraExperts.apply(x, W, bias, A, B, *routing[:3], spec, routing.k)
     prepare.count_call()
     return y
+
+
+def _few(routing):
+    """Is reading W as it lies what takes the time?"""
+    return 0 < routing.order.shape[0] and routing.counts.max() <= FEW
+
+
+def _differentiable(x, bias, adapters):
+    tensors = [x, bias, *(t for a in adapters for t in a[:2])]
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class LoraExperts(torch.autograd.Function):
@@ -181,26 +198,10 @@ def _check(x, W, routing, bias, adapters, tokens, transposed):
         )
     if bias is not None and bias.shape != (E, N):
         fail(ShapeError, f"bias {tuple(bias.shape)}", f"({E}, {N})", "pass the biases of the same stack as W")
-    tensors = [("x", x), ("W", W), ("routing", routing.order)] + ([] if bias is None else [("bias", bias)])
+    for label, t in (("x", x), ("W", W), ("bias", bias)):
+        if t is not None:
+            check_float(label, t)
+            check_device(label, t, "x", x)
+    check_device("routing", routing.order, "x", x)
     for a in adapters:
-        if a.A.dim() != 2 or a.B.dim() != 2 or a.A.shape[1] != K or a.B.shape != (N, a.A.shape[0]) or a.A.shape[0] % E:
-            given, need = f"A {tuple(a.A.shape)}, B {tuple(a.B.shape)}", f"A (r·{E}, {K}) and B ({N}, r·{E})"
-            fail(ShapeError, given, need, "check that the adapter belongs to this stack")
-        if not 0 < a.A.shape[0] // E <= MAX_RANK:
-            given = f"r = {a.A.shape[0] // E}"
-            fail(ShapeError, given, f"a rank from 1 to {MAX_RANK}", "leave an empty adapter out")
-        if a.A.dtype != a.B.dtype or a.A.dtype not in FLOATS:
-            fail(DtypeError, f"A {a.A.dtype}, B {a.B.dtype}", "one float dtype for both", "cast the adapter")
-        if a.p or a.bias is not None:
-            given = "an adapter with dropout or a bias"
-            fail(SettingsError, given, "p=0 and no bias, as PEFT's lora.ParamWrapper", "leave them out")
-        if isinstance(a.scaling, Tensor) and a.scaling.dim():
-            given = f"scaling {tuple(a.scaling.shape)}"
-            fail(ShapeError, given, "a float or a 0-d tensor", "pass one scaling per adapter")
-        tensors += [("A", a.A), ("B", a.B)]
-    for label, t in tensors:
-        if label != "routing" and t.dtype not in FLOATS:
-            fail(DtypeError, f"{label} of {t.dtype}", "float64, float32, bfloat16 or float16", f"convert {label}")
-        if t.device != x.device:
-            given = f"x on {x.device}, {label} on {t.device}"
-            fail(DeviceError, given, "one device", f"move {label} with .to(x.device)")
+        check_adapter(a, K, N, "stack", ("x", x), E, "lora.ParamWrapper")

@@ -41,7 +41,7 @@ def lora_group(
         ys = define(x.to(dtype), siblings, seed)
     else:
         spec = group.spec_of(siblings, x.dtype, exact, name, plan)
-        ys = LoraGroup.apply(x.to(dtype), x if x.dtype != dtype else None, seed, spec, *group.flat(siblings))
+        ys = LoraGroup.apply(*prepare.narrowed(x, dtype), seed, spec, *group.flat(siblings))
     prepare.count_call()
     return tuple(ys)
 
@@ -49,7 +49,7 @@ def lora_group(
 class LoraGroup(torch.autograd.Function):
     """Saves x, H (M, R) and the seeds; the tensors of the siblings are the caller's parameters, see siblings.py.
 
-    ``uncast`` is x before autocast's cast, if there was one: it takes dx unrounded, in its own dtype.
+    x and ``uncast`` are what prepare.narrowed() gives.
     """
 
     @staticmethod
@@ -70,7 +70,7 @@ class LoraGroup(torch.autograd.Function):
             dx, grads = group.differentiate(lambda x: define(x, siblings, seed), gs, x, tensors, needs[4:], needs_x)
             return dx, None, None, None, *grads
         dx, grads = group.run_backward(gs, x, tensors, H, seed, spec, needs[4:], needs_x)
-        dx, uncast = (None, dx) if needs[1] else (dx, None)
+        dx, uncast = prepare.dx_of(dx, needs[1])
         return dx, uncast, None, None, *grads
 
 

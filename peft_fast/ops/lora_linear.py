@@ -58,7 +58,8 @@ def _run(name, plan, x, dtype, W, bias, adapters, seed, transposed, exact):
     bias = prepare.merge_bias(bias, adapters)
     A, B = stacked(x, dtype, W.shape[1] if transposed else W.shape[0], adapters)
     spec = spec_of(adapters, x.dtype, transposed, exact, name, plan)
-    return LoraLinear.apply(x.to(dtype), W, bias, A, B, seed, spec, x if x.dtype != dtype else None)
+    x, uncast = prepare.narrowed(x, dtype)
+    return LoraLinear.apply(x, W, bias, A, B, seed, spec, uncast)
 
 
 def stacked(x: Tensor, dtype: torch.dtype, N: int, adapters: Sequence[Adapter]) -> tuple[Tensor, Tensor]:
@@ -68,6 +69,12 @@ def stacked(x: Tensor, dtype: torch.dtype, N: int, adapters: Sequence[Adapter]) 
     if adapters:
         return torch.cat([a.A for a in adapters]), torch.cat([a.B for a in adapters], dim=1)
     return x.new_empty(0, x.shape[-1], dtype=dtype), x.new_empty(N, 0, dtype=dtype)
+
+
+def apart(A: Tensor, B: Tensor, spec: Spec) -> list[Adapter]:
+    """The adapters of stacked() again, without their biases."""
+    split = zip(A.split(spec.ranks), B.split(spec.ranks, dim=1), spec.scalings, spec.ps, strict=True)
+    return [Adapter(a, b, s, p) for a, b, s, p in split] if spec.ranks else []
 
 
 def spec_of(adapters: Sequence[Adapter], dx_dtype: torch.dtype, transposed: bool, exact: bool, *chosen: str) -> Spec:
@@ -86,7 +93,7 @@ def spec_of(adapters: Sequence[Adapter], dx_dtype: torch.dtype, transposed: bool
 class LoraLinear(torch.autograd.Function):
     """Saves x, H (M, r) and the seeds; A, B and W are the caller's parameters.
 
-    ``uncast`` is x before autocast's cast, if there was one: it takes dx unrounded, in its own dtype.
+    x and ``uncast`` are what prepare.narrowed() gives.
     """
 
     @staticmethod
@@ -106,7 +113,7 @@ class LoraLinear(torch.autograd.Function):
             return *differentiable_backward(g, (x, W, bias, A, B), needs, seed, ctx.spec), None, None, None
         wanted = (needs[0] or needs[7], *needs[1:5])
         dx, dW, dbias, dA, dB = backends[ctx.spec.backend].backward(g, x, W, bias, A, B, H, seed, ctx.spec, wanted)
-        dx, uncast = (None, dx) if needs[7] else (dx, None)
+        dx, uncast = prepare.dx_of(dx, needs[7])
         return dx, dW, dbias, dA, dB, None, None, uncast
 
 
@@ -124,9 +131,7 @@ def differentiable_backward(
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again (create_graph=True): autograd through the definition."""
     x, W, bias, A, B = inputs
-    split = zip(A.split(spec.ranks), B.split(spec.ranks, dim=1), spec.scalings, spec.ps, strict=True)
-    adapters = [Adapter(a, b, s, p) for a, b, s, p in split] if spec.ranks else []
-    y = defined(x, Sibling(W, bias, adapters, spec.transposed), seed)
+    y = defined(x, Sibling(W, bias, apart(A, B, spec), spec.transposed), seed)
     wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
     grads = iter(torch.autograd.grad(y, wanted, g, create_graph=True, allow_unused=True))
     return [next(grads) if need else None for need in needs[:5]]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from peft_fast import dispatch
 from peft_fast.backends import modules
-from peft_fast.errors import DeviceError, DtypeError, SettingsError, ShapeError, fail
+from peft_fast.errors import DtypeError, SettingsError, ShapeError, fail
 from peft_fast.ops import prepare
-from peft_fast.ops.checks import FLOATS, MAX_RANK, check_kinds
+from peft_fast.ops.checks import FLOATS, check_adapter, check_device, check_float, check_kinds
 from peft_fast.ops.spec import Adapter, MixedSpec
 from peft_fast.reference import lora_mixed as reference
 
@@ -154,8 +154,7 @@ def _check(x, base, adapters, owners, padding_idx):
     floats = x.is_floating_point()
     if x.dtype not in (*FLOATS, torch.int32, torch.int64):
         fail(DtypeError, f"x of {x.dtype}", "float64, float32, bfloat16, float16, or tokens", "convert x")
-    if base.dtype not in FLOATS:
-        fail(DtypeError, f"base of {base.dtype}", "float64, float32, bfloat16 or float16", "pass the layer's output")
+    check_float("base", base)
     if base.dim() < 2 or x.shape[: x.dim() - floats] != base.shape[:-1]:
         given, need = f"x {tuple(x.shape)}, base {tuple(base.shape)}", "x (b, ..., K) or ids (b, ...), base (b, ..., N)"
         fail(ShapeError, given, need, "pass the base layer's output for x")
@@ -163,25 +162,12 @@ def _check(x, base, adapters, owners, padding_idx):
     if len(owners) != base.shape[0] or any(not BASE <= owner < len(adapters) for owner in owners):
         given = f"{len(owners)} owners for {base.shape[0]} rows and {len(adapters)} adapters"
         fail(ShapeError, given, "the number of an adapter, or -1, for each row", "count adapters from 0")
+    check_device("x", x, "base", base)
     for a in adapters:
-        if a.A.dim() != 2 or a.B.dim() != 2 or a.A.shape[1] != K or a.B.shape != (N, a.A.shape[0]):
-            given, need = f"A {tuple(a.A.shape)}, B {tuple(a.B.shape)}", f"A (r, {K}) and B ({N}, r)"
-            fail(ShapeError, given, need, "check that the adapter belongs to this layer")
-        if not 0 < a.A.shape[0] <= MAX_RANK:
-            fail(ShapeError, f"r = {a.A.shape[0]}", f"a rank from 1 to {MAX_RANK}", "leave an empty adapter out")
-        if a.A.dtype != a.B.dtype or a.A.dtype not in FLOATS or (a.bias is not None and a.bias.dtype != a.A.dtype):
-            fail(DtypeError, f"A {a.A.dtype}, B {a.B.dtype}", "one float dtype for A, B and bias", "cast the adapter")
+        check_adapter(a, K, N, "layer", ("base", base))
+        if a.bias is not None and a.bias.dtype != a.A.dtype:
+            fail(DtypeError, f"A {a.A.dtype}, bias {a.bias.dtype}", "one dtype for A, B and bias", "cast the adapter")
         if a.p:
             fail(SettingsError, f"p={a.p}", "p=0: mixed batches are for inference", "call eval() on the model")
-        if a.bias is not None and a.bias.shape != (N,):
-            fail(ShapeError, f"adapter bias {tuple(a.bias.shape)}", f"({N},)", "pass lora_B's own bias")
-        if isinstance(a.scaling, Tensor) and a.scaling.dim():
-            given = f"scaling {tuple(a.scaling.shape)}"
-            fail(ShapeError, given, "a float or a 0-d tensor", "pass one scaling per adapter")
-    tensors = [("x", x), *((name, t) for a in adapters for name, t in zip("AB", a[:2], strict=True))]
-    for name, t in [*tensors, *(("adapter bias", a.bias) for a in adapters if a.bias is not None)]:
-        if t.device != base.device:
-            given = f"base on {base.device}, {name} on {t.device}"
-            fail(DeviceError, given, "one device", f"move {name} with .to(base.device)")
     if padding_idx is not None and (floats or not -K <= padding_idx < K):
         fail(ShapeError, f"padding_idx={padding_idx}", f"a token from {-K} to {K - 1}", "pass the embedding's own")

@@ -64,8 +64,7 @@ def lora_mlp(
         y = define(define_group(x.to(dtype), first, seed), down, after, act)
     else:
         spec = group.spec_of(first, x.dtype, exact, name, plan)
-        uncast = x if x.dtype != dtype else None
-        outputs = LoraGroup.apply(x.to(dtype), uncast, seed, spec, *group.flat(first))
+        outputs = LoraGroup.apply(*prepare.narrowed(x, dtype), seed, spec, *group.flat(first))
         spec = Specs(act, group.spec_of([down], dtype, exact, name, plan))
         y = LoraMlp.apply(outputs[0] if gate is not None else None, outputs[-1], after, spec, *group.flat([down]))
     prepare.count_call()

@@ -1,4 +1,4 @@
-"""y = x·Wᵀ + bias + Σ (s·drop(x)·Aᵀ·Bᵀ + s·b_B) for a W that is kept packed: made dense forward and again backward."""
+"""y = x·Wᵀ + bias + Σ (s·drop(x)·Aᵀ·Bᵀ + s·b_B) for a W that is kept packed: decoded forward and again backward."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from peft_fast.ops import prepare
 from peft_fast.ops.checks import check, check_kinds
 from peft_fast.ops.dropout import draw_seed
 from peft_fast.ops.lora_linear import defined, differentiable_backward, spec_of, stacked
+from peft_fast.ops.nf4 import Codes
 from peft_fast.ops.spec import Adapter, Sibling
 
 backends = modules("lora_linear")
+# those that read some weights as they are kept
+direct = modules("lora_quantized")
 
 
 class Weight(Protocol):
-    """A frozen weight that can be made dense, always the same."""
+    """A frozen weight that can be made dense, always the same.
+
+    ``codes(dtype)``, where it has that, gives nf4.Codes with the same values as dense(dtype), or None.
+    """
 
     shape: tuple[int, int]  # (N, K)
 
@@ -59,7 +65,8 @@ def lora_quantized(
     A, B = stacked(x, dtype, W.shape[0], adapters)
     spec = spec_of(adapters, x.dtype, False, exact, name, plan)
     bias = prepare.merge_bias(bias, adapters)
-    return LoraQuantized.apply(x.to(dtype), bias, A, B, seed, spec, W, x if x.dtype != dtype else None)
+    x, uncast = prepare.narrowed(x, dtype)
+    return LoraQuantized.apply(x, bias, A, B, seed, spec, W, uncast)
 
 
 def placeholder(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -67,12 +74,22 @@ def placeholder(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor
     return x.new_empty((), dtype=dtype).expand(shape)
 
 
+def codes_of(W: Weight, dtype: torch.dtype, backend: str) -> Codes | None:
+    """W for kernels of the backend that read it as it is kept; None where it has to be made dense."""
+    codes = getattr(W, "codes", None)
+    return codes(dtype) if codes is not None and backend in direct else None
+
+
 class LoraQuantized(torch.autograd.Function):
-    """LoraLinear whose W is not saved."""
+    """LoraLinear whose W is not saved, and not even made where the backend reads it as it is kept."""
 
     @staticmethod
     def forward(ctx, x, bias, A, B, seed, spec, W, uncast):
-        y, H = backends[spec.backend].forward(x, W.dense(x.dtype), bias, A, B, seed, spec)
+        if codes := codes_of(W, x.dtype, spec.backend):
+            like = placeholder(x, W.shape, x.dtype)
+            y, H = direct[spec.backend].forward(x, like, codes, bias, A, B, seed, spec)
+        else:
+            y, H = backends[spec.backend].forward(x, W.dense(x.dtype), bias, A, B, seed, spec)
         ctx.save_for_backward(x, bias, A, B, H, seed)
         ctx.spec, ctx.W = spec, W
         return y
@@ -84,10 +101,17 @@ class LoraQuantized(torch.autograd.Function):
         if g is None:
             return (None,) * 8
         wanted = (needs[0] or needs[7], False, *needs[1:4])
-        W = ctx.W.dense(x.dtype) if wanted[0] else placeholder(x, ctx.W.shape, x.dtype)
-        if torch.is_grad_enabled():
+        again = torch.is_grad_enabled()  # create_graph=True
+        codes = codes_of(ctx.W, x.dtype, spec.backend) if wanted[0] and not again else None
+        dense = wanted[0] and codes is None
+        W = ctx.W.dense(x.dtype) if dense else placeholder(x, ctx.W.shape, x.dtype)
+        if again:
             some = differentiable_backward(g, (x, W, bias, A, B), (needs[0], *wanted[1:]), seed, spec)
             return some[0], *some[2:], None, None, None, None
-        dx, _, dbias, dA, dB = backends[spec.backend].backward(g, x, W, bias, A, B, H, seed, spec, wanted)
-        dx, uncast = (None, dx) if needs[7] else (dx, None)
+        if codes:
+            some = (wanted[0], *wanted[2:])
+            dx, dbias, dA, dB = direct[spec.backend].backward(g, x, W, codes, bias, A, B, H, seed, spec, some)
+        else:
+            dx, _, dbias, dA, dB = backends[spec.backend].backward(g, x, W, bias, A, B, H, seed, spec, wanted)
+        dx, uncast = prepare.dx_of(dx, needs[7])
         return dx, dbias, dA, dB, None, None, None, uncast

@@ -25,6 +25,16 @@ class Nested(NamedTuple):
     blocksize: int
 
 
+class Codes(NamedTuple):
+    """A weight as kernels read it that never make it dense: n values row by row, each times its block's scale."""
+
+    data: Tensor  # contiguous: n int8, or (⌈n/2⌉,) uint8 of two each, the earlier in the high nibble
+    scales: Tensor  # (⌈n/block⌉,) float32
+    meaning: Tensor | None  # (16,) float32, what each nibble means; None for int8
+    zeros: Tensor | None  # (⌈n/block⌉,) int8, what is taken off each int8; None for nothing
+    block: int
+
+
 class Packed(NamedTuple):
     """A weight of 16 values a scale: n = N·K of them row by row, two a byte, the earlier in the high nibble."""
 
@@ -38,6 +48,12 @@ class Packed(NamedTuple):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W (N, K) in ``dtype``, computed in float32 and rounded once."""
         return dequantize(self, dtype)
+
+    def codes(self, dtype: torch.dtype) -> Codes:
+        """The same for the compiled kernels, its scales no longer nested."""
+        _check(self, dtype)
+        data = self.data.reshape(-1).view(torch.uint8)
+        return Codes(data, backends["cpu"].scales(self), self.code.contiguous(), None, self.blocksize)
 
 
 def dequantize(W: Packed, dtype: torch.dtype, *, backend: str | None = None) -> Tensor:

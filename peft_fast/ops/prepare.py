@@ -31,6 +31,19 @@ def computed_dtype(x: Tensor) -> tuple[torch.dtype, bool]:
     return torch.get_autocast_dtype(device_type) if autocast else x.dtype, autocast
 
 
+def narrowed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """x in the dtype that is computed in, and x before that cast, if there is one.
+
+    An autograd Function takes both: it saves the first, and the second takes dx unrounded, in its own dtype.
+    """
+    return x.to(dtype), x if x.dtype != dtype else None
+
+
+def dx_of(dx: Tensor | None, uncast: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the two of narrowed(), of which ``uncast`` says whether the second wants it."""
+    return (None, dx) if uncast else (dx, None)
+
+
 def number_scalings(adapters: list[Adapter]) -> list[Adapter]:
     """Adapters whose scaling is a number: a 0-d tensor goes into A and the bias."""
     return [_into_A(a) if isinstance(a.scaling, Tensor) else a for a in adapters]

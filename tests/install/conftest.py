@@ -29,7 +29,7 @@ def clone(tmp_path, root) -> Path:
     (here / "peft_fast").mkdir(parents=True)
     (here / "csrc" / "cpu").mkdir(parents=True)
     (here / "setup.py").touch()
-    for file in ("build.py", "build_cuda.py", "build_steps.py"):
+    for file in ("build.py", "build_machine.py", "build_cuda.py", "build_steps.py"):
         shutil.copy(root / "peft_fast" / file, here / "peft_fast")
     (here / "csrc" / "schema.cpp").write_text("#include <torch/headeronly/version.h>\nint schema() { return 1; }\n")
     (here / "csrc" / "module.cpp").write_text("int module_() { return 1; }\n")

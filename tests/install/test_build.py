@@ -134,13 +134,13 @@ def test_a_torch_it_cannot_use(clone, tmp_path, monkeypatch, version, reason):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{version}'\n")
     build = load(clone)
-    monkeypatch.setattr(build, "_package_dir", lambda name: tmp_path / name)
+    monkeypatch.setattr(build.machine, "package_dir", lambda name: tmp_path / name)
     assert reason in build.build(log=lambda _: None)["reason"]
 
 
 def test_no_torch(clone, monkeypatch):
     build = load(clone)
-    monkeypatch.setattr(build, "_package_dir", lambda name: None)
+    monkeypatch.setattr(build.machine, "package_dir", lambda name: None)
     assert "torch is not installed" in build.build(log=lambda _: None)["reason"]
 
 

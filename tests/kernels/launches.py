@@ -6,7 +6,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from peft_fast.kernels import dropout, lora_embedding, lora_group, lora_linear, lora_mlp, skinny
+from peft_fast.kernels import (
+    dora_linear,
+    dropout,
+    lora_decode,
+    lora_embedding,
+    lora_group,
+    lora_linear,
+    lora_mlp,
+    nf4,
+    skinny,
+)
 
 Results = tuple[torch.Tensor, ...]
 # name -> the row of kernels/tiles.py it takes its tile from
@@ -20,12 +30,24 @@ OP_OF = {
     "group forward": "fused",
     "group backward": "fused",
     "embedding backward": "shrink_outer",
+    "decode": "decode",
 }
 # these have one tile
-ONE_TILE = ("activate", "activate backward", "gather", "embedding", "scatter")
-WITH_DROPOUT = ("shrink", "outer", "expand", "backward", "group backward", "activate", "activate backward")
-# kernels without a product
-PLAIN = ("activate", "gather", "scatter", "finalize")
+ONE_TILE = (
+    "activate",
+    "activate backward",
+    "gather",
+    "embedding",
+    "scatter",
+    "dora mix",
+    "dora scale",
+    "drop",
+    "nf4",
+    "nf4 nested",
+)
+WITH_DROPOUT = ("shrink", "outer", "expand", "backward", "group backward", "activate", "activate backward", "drop")
+# kernels without a product, or of one that is too small for a matrix unit
+PLAIN = ("activate", "gather", "scatter", "finalize", "decode_finish", "dora_linear_scale", "drop_kernel", "nf4")
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -63,6 +85,9 @@ def launches(
     # an embedding's adapter, whose products are made in its own dtype
     tall, wide, low = empty(K, R, dtype=adapter), empty(R, N, dtype=adapter), empty(M, R, dtype=adapter)
     p = max(ps)
+    y, factors = empty(M, N, dtype=dtype), empty(N, dtype=torch.float32)
+    packed, code, blocks = empty(-(-N * K // 2), dtype=torch.uint8), empty(16, dtype=torch.float32), -(-N * K // 64)
+    nested = empty(256, dtype=torch.float32), empty(-(-blocks // 256), dtype=torch.float32), code[:1], 256
     return {
         "shrink": lambda: (skinny.shrink(x, A, seed, ranks, scales, ps, **options),),
         "shrink_outer": lambda: skinny.shrink_outer(g, B, H, ranks, scales, adapter, **options),
@@ -79,6 +104,12 @@ def launches(
         "embedding": lambda: (lora_embedding.forward(ids, table, low, tall, scale, 2.0),),
         "embedding backward": lambda: skinny.shrink_outer(x, tall, low, (R,), (2.0,), torch.float32, **options),
         "scatter": lambda: (lora_embedding.scatter(ids, low, scale, N, -1, adapter),),
+        "decode": lambda: (lora_decode.decode(x, W, bias, A, B, ranks, scales, **options),),
+        "dora mix": lambda: (dora_linear.mix(y, y, H, B, factors, bias),),
+        "dora scale": lambda: dora_linear.scale(g, y, factors, bias, True, True, True)[:1],
+        "drop": lambda: (dora_linear.drop(x, seed[:1], p),),
+        "nf4": lambda: (nf4.dequantize(packed, empty(blocks, dtype=torch.float32), code, 64, (N, K), dtype),),
+        "nf4 nested": lambda: (nf4.dequantize(packed, packed[:blocks], code, 64, (N, K), dtype, nested),),
         "frozen group forward": lambda: tuple(lora_group.forward(x, Ws, biases, H[:, :0], no_Bs, **options)),
         "frozen group backward": lambda: (lora_group.backward(gs, Ws, None, A[:0], *none, dtype, **options),),
         "frozen forward": lambda: (lora_linear.fused(x, W, bias, None, B[:, :0], *none, dtype, **options),),

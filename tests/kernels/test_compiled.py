@@ -11,6 +11,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 
+from peft_fast.backends.triton import dora_linear as dora
+from peft_fast.backends.triton import lora_decode as few
 from peft_fast.backends.triton import lora_embedding as embedding
 from peft_fast.backends.triton import lora_group as group
 from peft_fast.backends.triton import lora_linear as backend
@@ -27,7 +29,7 @@ KINDS = {"bf16": (BF16, BF16), "f16": (F16, F16), "f32": (F32, F32), "bf16_f32_a
 M, K, N = 8192, 4096, 4096
 FIRST = ("sm_80", "sm_90", "gfx942")
 # these share their parts with the launches of lora_linear
-FEWER = ("group forward", "group backward", "embedding backward", *ONE_TILE)
+FEWER = ("group forward", "group backward", "embedding backward", "decode", *ONE_TILE)
 
 
 def rows():
@@ -202,6 +204,23 @@ def words(M):
     embedding.run_backward(y, ids, A, B, H, scale, spec, (True, True))
 
 
+def few_tokens(M):
+    """A layer that decodes."""
+    K, N, R = 4096, 4096, 16
+    x, W, A, B = empty(M, K), empty(N, K), empty(R, K, dtype=F32), empty(N, R, dtype=F32)
+    few.run_forward(x, W, empty(N), A, B, [R], [2.0], False)
+
+
+def magnitudes(M):
+    """A DoRA layer with dropout, both ways."""
+    K, N, R = 4096, 4096, 16
+    spec = Spec([R], [2.0], [0.1], BF16, False, False, "triton", "accumulate")
+    x, W, A, B = empty(M, K), empty(N, K), empty(R, K, dtype=F32), empty(N, R, dtype=F32)
+    c, norm, seed = empty(N, dtype=F32), empty(N, dtype=F32), empty(1, dtype=torch.int64)
+    y, H, P = dora.run_forward(x, W, None, A, B, c, seed, spec, True)
+    dora.run_backward(y, x, W, None, A, B, c, H, P, norm, seed, spec, [True, False, False, True, True, True])
+
+
 @pytest.mark.parametrize("plan", ["accumulate", "fused"])
 @pytest.mark.parametrize(
     "arch", [pytest.param(arch, marks=() if arch in FIRST else pytest.mark.slow) for arch in ARCHS]
@@ -255,6 +274,8 @@ CALLS = {
     "group-fused": lambda M: Group(M=M, plan="fused")(),
     "block": block,
     "embedding": words,
+    "magnitudes": magnitudes,
+    "few": few_tokens,
 }
 
 
@@ -335,7 +356,7 @@ def test_a_launch_found_by_our_key_is_the_one_triton_would_choose(arch, monkeypa
 def test_the_compiler_knows_what_is_aligned(call):
     with recording("sm_90") as found:
         CALLS[call](4096) if call in CALLS else Layer(plan=call)()
-    counts = {"M", "X", "parts", "k_blocks", "m_blocks", "padding"}
+    counts = {"M", "X", "parts", "splits", "k_blocks", "m_blocks", "padding"}
     for kernel in found:
         for name, kind in kernel.arguments.items():
             if kind == "fp32":  # a scale

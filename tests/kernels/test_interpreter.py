@@ -17,6 +17,9 @@ PARTS = {
     "addresses": ["test_addresses.py"],
     "mutants": ["test_mutants.py"],
     "other_ops": ["test_other_ops.py"],
+    "experts": ["test_experts.py"],
+    "mixed": ["test_mixed.py"],
+    "nf4": ["test_nf4.py"],
     **{plan: ["test_contract.py", "-k", f"triton-{plan}"] for plan in BACKEND_PLANS["triton"]},
     # what every backend is asked, of this one; in one dtype with casts on every path where a test has several
     "autograd": [

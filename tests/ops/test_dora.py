@@ -21,6 +21,7 @@ def rows(pairs):
         pytest.param(*p.values, case, dtypes, id=f"{p.id}-{case.op}-{dtypes}-{case.name}", marks=p.marks)
         for table, case, dtypes in pairs
         for p in OF[table]
+        if numerics.shows(*p.values, dtypes, thoroughly=case in table.CORNERS)
     ]
 
 
@@ -141,3 +142,27 @@ def test_faults_of_the_gradient_die(monkeypatch, backend, p):
     monkeypatch.setattr(module, "backward", wrong)
     found = numerics.failures(numerics.default_verdicts(numerics.Provider(backend), case, "f32"))
     assert {"dx", "dm"} <= set(found)
+
+
+def test_nothing_is_kept_for_a_backward_that_cannot_come(monkeypatch):
+    """P (M, N) is for the magnitude's gradient alone: none without gradients, none for a magnitude that is frozen."""
+    module = sys.modules["peft_fast.backends.torch.dora_linear"]
+    honest, kept = module.forward, []
+
+    def watched(*args):
+        kept.append((args[-1], honest(*args)))
+        return kept[-1][1]
+
+    monkeypatch.setattr(module, "forward", watched)
+    t = numerics.problem(cases_dora_linear.STEP, DTYPES["f32"]).tensors
+    W, bias, (adapter,), _ = cases_dora_linear.STEP.layer.sibling(t)
+    for context, m, wanted in (
+        (torch.enable_grad, t["m"], True),
+        (torch.no_grad, t["m"], False),
+        (torch.inference_mode, t["m"], False),
+        (torch.enable_grad, t["m"].detach(), False),
+    ):
+        with context():
+            dora_linear(t["x"], W, bias, adapter, m, backend="torch")
+        asked, (_, _, P) = kept.pop()
+        assert asked is wanted and (P is not None) is wanted

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peft_fast import ops
+from peft_fast import native, ops
 from peft_fast.errors import DtypeError, PeftFastError, SettingsError, ShapeError
 from peft_fast.ops import Adapter, combine_experts, lora_experts, route_experts
+from peft_fast.ops.lora_experts import FEW, backends
 from peft_fast.reference import lora_experts as reference
 from tests import cases_lora_experts, numerics
 from tests.cases_lora_experts import Case
@@ -234,6 +235,45 @@ def test_no_adapter_and_trained_weights_are_the_definition():
     W.requires_grad_()
     y = lora_experts(x, W, routing, bias, [Adapter(A, B)], tokens=True)
     assert torch.autograd.grad(y.sum(), W)[0].abs().max() > 0
+
+
+FEWER = [c for c in cases_lora_experts.CASES if c.routing.counts.max() <= FEW and "g" not in c.layout]
+
+
+@pytest.mark.parametrize("dtypes", ["f32", "bf16", "bf16_f32_adapters"])
+@pytest.mark.parametrize("case", FEWER, ids=lambda c: c.name)
+def test_few_rows_without_gradients_are_no_less_accurate(case, dtypes, monkeypatch):
+    """As when generating: W is read as it lies, and no operand is packed."""
+    if not native.load():
+        pytest.skip(native.reason())
+    monkeypatch.setattr(torch.ops.peft_fast, "lora_experts", None)
+    problems, stocks, truths = numerics.answers(case, dtypes, False)
+    with torch.no_grad():
+        outs = [{"y": numerics.call(p, numerics.Provider("cpu", "accumulate"))} for p in problems]
+    only = [[{"y": one["y"]} for one in many] for many in (stocks, truths)]
+    assert not numerics.failures(numerics.judge(case, outs, *only))
+    assert all(p.untouched() for p in problems)
+
+
+def test_many_rows_or_a_gradient_take_the_other_way(monkeypatch):
+    if not native.load():
+        pytest.skip(native.reason())
+    calls = []
+    decode = backends["cpu"].decode
+    monkeypatch.setattr(backends["cpu"], "decode", lambda *args: calls.append(1) or decode(*args))
+    A, B, W = torch.randn(6, 5), torch.randn(4, 6), torch.randn(3, 4, 5)
+
+    def run(rows, A=A):
+        routing = route_experts(torch.arange(rows).view(-1, 1) % 2, 3)
+        calls.clear()
+        y = lora_experts(torch.ones(rows, 5), W, routing, None, [Adapter(A, B)], backend="cpu")
+        return bool(calls), y
+
+    few, y = run(2 * FEW)
+    assert few and not run(2 * FEW + 1)[0] and not run(0)[0]
+    wanted, same = run(2 * FEW, A.clone().requires_grad_())
+    assert not wanted and same.requires_grad
+    torch.testing.assert_close(y, same.detach())
 
 
 WRONG = {

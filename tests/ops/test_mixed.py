@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peft_fast import dispatch, errors
+from peft_fast import dispatch, errors, native
 from peft_fast.backends.torch import lora_mixed as backend
 from peft_fast.ops import Adapter, fast_calls, lora_linear, lora_mixed
 from tests import numerics
@@ -146,6 +146,37 @@ def test_adapters_of_two_dtypes(frozen):
     torch.testing.assert_close(y.float(), truth, rtol=2e-2, atol=2e-2)
 
 
+ONE_PASS = replace(BATCH, owners=(2, 0, 0, 1, 2, 0), lead=(3,), bias=True)
+
+
+@pytest.mark.skipif(not native.load(), reason=native.reason())
+@pytest.mark.parametrize("isa", numerics.isas() or ["none"])
+@with_dtypes
+def test_one_pass_over_W_keeps_the_contract(isa, dtypes):
+    """lora_decode, each row of its batch with the adapter that it owns."""
+    order, counts = [1, 2, 5, 3, 0, 4], [3, 1, 2]
+    outs, stocks, truths = [], [], []
+    for draw in range(numerics.draws(ONE_PASS)):
+        p = numerics.problem(ONE_PASS, DTYPES[dtypes], draw)
+        t, adapters = p.tensors, ONE_PASS.adapters(p.tensors)
+        As, Bs, scalings, _, biases = (list(part) for part in zip(*adapters, strict=True))
+        with numerics.Provider("cpu", isa=isa).active(), torch.no_grad():
+            args = t["x"], t["W"], t["bias"], As, Bs, biases, scalings, False, order, counts
+            outs.append({"y": torch.ops.peft_fast.lora_decode(*args)})
+        stocks.append({"y": numerics.stock(p)["y"]})
+        truths.append({"y": numerics.truth(p)["y"]})
+    assert not numerics.failures(numerics.judge(ONE_PASS, outs, stocks, truths))
+
+
+@pytest.mark.skipif(not native.load(), reason=native.reason())
+@pytest.mark.parametrize("order, counts", [([0, 0], [1]), ([0, 2], [1]), ([0], [1]), ([0, 1], [3]), ([0, 1], [1, 1])])
+def test_rows_that_are_none_are_refused(order, counts):
+    with pytest.raises(RuntimeError, match="shapes that do not fit"):
+        torch.ops.peft_fast.lora_decode(
+            X, torch.zeros(6, 8), None, [GOOD.A], [GOOD.B], [None], [1.0], False, order, counts
+        )
+
+
 def doubled(run, y, x, As, Bs, biases, spec):
     return run(y, x, As, Bs, biases, spec._replace(scalings=[1.01 * s for s in spec.scalings]))
 
@@ -209,7 +240,7 @@ BAD = {
     "scaling": ((X, Y, [GOOD._replace(scaling=torch.ones(2))], [0, 0]), errors.ShapeError, "one scaling"),
     "dropout": ((X, Y, [GOOD._replace(p=0.1)], [0, 0]), errors.SettingsError, "call eval"),
     "two dtypes": ((X, Y, [GOOD._replace(A=GOOD.A.double())], [0, 0]), errors.DtypeError, "one float dtype"),
-    "whole numbers": ((X, Y.int(), [GOOD], [0, 0]), errors.DtypeError, "layer's output"),
+    "whole numbers": ((X, Y.int(), [GOOD], [0, 0]), errors.DtypeError, "base of torch.int32"),
     "booleans": ((X.bool(), Y, [GOOD], [0, 0]), errors.DtypeError, "or tokens"),
     "meta": ((X, Y, [GOOD._replace(A=GOOD.A.to("meta"))], [0, 0]), errors.DeviceError, "to_empty"),
 }

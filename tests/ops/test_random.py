@@ -96,6 +96,7 @@ ROWS = [
     for op in KINDS
     for p in numerics.providers(op)
     for dtypes in ("f32", "bf16", "bf16_f32_adapters")
+    if numerics.shows(*p.values, dtypes, thoroughly=True)
 ]
 MANY, FEW = ([row for row in ROWS if (row.values[0] == "lora_linear") == many] for many in (True, False))
 QUIET = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}

@@ -23,6 +23,10 @@ def register() -> None:
     torch.library.register_fake("peft_fast::lora_mixed", _lora_mixed)
     torch.library.register_fake("peft_fast::dora_linear", _dora_linear)
     torch.library.register_fake("peft_fast::dora_linear_backward", _dora_linear_backward)
+    torch.library.register_fake("peft_fast::nf4", _nf4)
+    torch.library.register_fake("peft_fast::nf4_scales", _nf4_scales)
+    torch.library.register_fake("peft_fast::lora_quantized", _lora_quantized)
+    torch.library.register_fake("peft_fast::lora_quantized_backward", _lora_quantized_backward)
     torch.library.register_fake("peft_fast::dropout_mask", _dropout_mask)
 
 
@@ -86,8 +90,27 @@ def _lora_embedding_backward(g, ids, A, B, H, scale, scaling, padding, needs):
     return A.new_empty(r if needs[0] else 0, V), B.new_empty(B.shape[0] if needs[1] else 0, r)
 
 
-def _lora_decode(x, W, bias, As, Bs, low_biases, scalings, transposed):
+def _lora_decode(x, W, bias, As, Bs, low_biases, scalings, transposed, order=(), counts=()):
     return x.new_empty(*x.shape[:-1], W.shape[1 if transposed else 0])
+
+
+def _nf4(data, scales, code, block, N, K, bf16):
+    return scales.new_empty(N, K, dtype=torch.bfloat16 if bf16 else torch.float32)
+
+
+def _nf4_scales(absmax, code, outer, offset, block):
+    return outer.new_empty(absmax.numel())
+
+
+def _lora_quantized(x, W, codes, scales, meaning, zeros, block, bias, A, B, seed, ranks, scalings, ps):
+    return _lora_linear(x, W, bias, A, B, seed, ranks, scalings, ps, False)
+
+
+def _lora_quantized_backward(
+    g, x, W, codes, scales, meaning, zeros, block, A, B, H, seed, ranks, scalings, ps, needs, wide_dx
+):  # fmt: skip
+    needs = needs[0], False, *needs[1:]
+    return _lora_linear_backward(g, x, W, A, B, H, seed, ranks, scalings, ps, False, needs, wide_dx)
 
 
 def _dora_linear(x, W, bias, A, B, c, seed, scaling, p, transposed, keep, packed=None):

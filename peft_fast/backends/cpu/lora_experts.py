@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import torch
 
-# a module, not its names: whoever imports it first imports this one halfway
+# modules, not their names: whoever imports them first imports this one halfway
+from peft_fast.backends.cpu import lora_decode
 from peft_fast.backends.torch import lora_experts as vendor
 
 
 def forward(x, W, bias, A, B, routing, spec):
     """x (S, K), or (T, K) if tokens, W, bias (E, N) | None, A (E, R, K), B (N, R·E) -> y (S, N), H (S, R) float32."""
     return torch.ops.peft_fast.lora_experts(x, W, bias, A, vendor.by_expert(B, A.shape[0]), *_plain(routing, spec))
+
+
+def decode(x, W, bias, adapters, routing, tokens, transposed):
+    """The same for few rows an expert and no gradients: W_e is read once, as it lies in memory."""
+    counts, E = routing.counts.tolist(), W.shape[0]
+    x = x.index_select(0, routing.order // routing.k) if tokens else x
+    ys = []
+    for e, rows in enumerate(x.split(counts)):
+        if rows.shape[0]:
+            own = [a._replace(A=a.A.unflatten(0, (E, -1))[e], B=a.B[:, e::E]) for a in adapters]
+            ys.append(lora_decode.forward(rows, W[e], None if bias is None else bias[e], own, transposed))
+    return torch.cat(ys)
 
 
 def backward(g, x, W, bias, A, B, H, routing, spec, needs):

@@ -23,6 +23,7 @@ def forward(x, W, bias, A, B, routing, spec):
         for e, a, b in spans(routing):
             shrink(x[a:b], A[e].t(), spec, H[a:b])
             side.multiply(e, x[a:b], H[a:b], B[e].t(), y[a:b], None if bias is None else bias[e])
+        _mark(y, routing)
     return y, H
 
 
@@ -51,6 +52,8 @@ def backward(g, x, W, bias, A, B, H, routing, spec, needs):
                 dA[e] = de.t() @ xs[a:b]
             if needs[3]:
                 dB[e] = ge.t() @ H[a:b]
+        if needs[0]:
+            _mark(dx, routing)
         if needs[0] and spec.tokens:
             dx = summed(dx, routing, tokens)
     return dx, dbias, dA, None if dB is None else by_rank(dB)
@@ -113,6 +116,11 @@ def rows(x, routing, spec):
 def summed(dx, routing, tokens):
     """dx (S, K) of the pairs -> (T, K), the sum over a token's, in float32 at least."""
     return dx.index_select(0, routing.inverse).view(tokens, routing.k, dx.shape[1]).sum(1)
+
+
+def _mark(t, routing):
+    """Rows of no expert, which a routing on a GPU may have, are NaN."""
+    t[routing.counts.sum() :].fill_(torch.nan)
 
 
 def spans(routing):

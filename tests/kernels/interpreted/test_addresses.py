@@ -9,12 +9,15 @@ import triton.language as tl
 
 from peft_fast.kernels import (
     device,
+    dora_linear,
     dropout,
     gemm,
+    lora_decode,
     lora_embedding,
     lora_group,
     lora_linear,
     lora_mlp,
+    nf4,
     skinny,
     split,
     tiles,
@@ -24,7 +27,20 @@ from tests.kernels.launches import OP_OF, empty, launches
 
 BF16 = torch.bfloat16
 MANY = (1 << 23) + 3
-MODULES = [device, dropout, gemm, lora_embedding, lora_group, lora_linear, lora_mlp, skinny, split]
+MODULES = [
+    device,
+    dora_linear,
+    dropout,
+    gemm,
+    lora_decode,
+    lora_embedding,
+    lora_group,
+    lora_linear,
+    lora_mlp,
+    nf4,
+    skinny,
+    split,
+]
 # M, K, N, ranks, ps
 SHAPES = {
     "one": (1, 1, 1, (1,), (0.1,)),
@@ -86,7 +102,7 @@ def test_past_two_billion_elements(op, shape):
         assert max(seen.high for seen in of(result, found)) == result.numel() - 1
 
 
-WIDE_ROWS = [op for op in OPS if "ward" in op] + ["shrink", "outer", "shrink_outer", "activate"]
+WIDE_ROWS = [op for op in OPS if "ward" in op] + ["shrink", "outer", "shrink_outer", "activate", "decode"]
 
 
 @pytest.mark.parametrize("op", WIDE_ROWS)
@@ -124,7 +140,7 @@ def test_a_vocabulary_past_two_billion_elements():
     assert H.shape == (1, 20) and reads[0].high == dA.numel() - 1
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if "nf4" not in op])
 def test_no_tokens_launch_nothing(op):
     with addresses() as found:
         results = calls(0, 40, 30, (16,), (0.1,))[op]()

@@ -2,12 +2,31 @@
 
 import importlib
 import sys
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 
-from peft_fast.backends.triton import lora_embedding, lora_group, lora_linear, lora_mlp
-from tests import cases_lora_embedding, cases_lora_group, cases_lora_mlp, numerics
+from peft_fast.backends.triton import (
+    dora_linear,
+    lora_decode,
+    lora_embedding,
+    lora_experts,
+    lora_group,
+    lora_linear,
+    lora_mixed,
+    lora_mlp,
+)
+from tests import (
+    cases_dora_linear,
+    cases_lora_decode,
+    cases_lora_embedding,
+    cases_lora_experts,
+    cases_lora_group,
+    cases_lora_mixed,
+    cases_lora_mlp,
+    numerics,
+)
 from tests.cases import Case
 from tests.inputs import Layer
 from tests.numerics import Provider
@@ -26,6 +45,19 @@ GROUP = cases_lora_group.Case(
 )
 BLOCK = cases_lora_mlp.Case("mutated_block", "silu", gate=Layer(), lead=(35,), I=140, p=0.3)
 WORDS = cases_lora_embedding.Case("mutated_words", lead=(181,), V=4, ranks=(20,), padding_idx=3, scale=1.7)
+EXPERTS = cases_lora_experts.Case("mutated_experts", T=80, E=3, K=140, N=70, ranks=(20,), bias=True, tokens=True)
+DORA = cases_dora_linear.Case(
+    "mutated_dora", lead=(67,), K=140, N=140, ranks=(16,), p=(0.3,), scaling=(2.0,), bias=True
+)
+FEW = cases_lora_decode.Case(
+    "mutated_few", lead=(13,), K=1100, N=60, ranks=(10, 5), p=(0.0, 0.0), scaling=(2.0, 0.5), bias=True
+)
+MORE = replace(FEW, name="mutated_more", lead=(19,), N=140, ranks=(10, 25))
+# K in two parts, rows out of order
+MIXED = cases_lora_mixed.Case(
+    "mutated_mixed", owners=(1, 0, -1), lead=(11,), K=1100, N=150, ranks=(5, 16), adapter_bias=True
+)
+NO_DROPOUT = replace(DORA, name="mutated_dora_undropped", p=(0.0,))
 
 
 class Mutant(NamedTuple):
@@ -42,7 +74,7 @@ class Mutant(NamedTuple):
 MUTANTS = {
     **{
         f"none of {case.name}": Mutant("skinny", "acc", "acc", (), subject=case)
-        for case in (LINEAR, GROUP, BLOCK, WORDS)
+        for case in (LINEAR, GROUP, BLOCK, WORDS, EXPERTS, DORA, NO_DROPOUT, FEW, MORE)
     },
     "none of a fused group": Mutant("skinny", "acc", "acc", (), "fused", GROUP),
     "mask shifted by 8 columns": Mutant("device", "first // 8 +", "first // 8 + 1 +", ("y", "dx", "dA0")),
@@ -105,6 +137,57 @@ MUTANTS = {
     "the adapter without its scale": Mutant("lora_embedding", "low *= tl.load", "tl.load", ("y",), subject=WORDS),
     "dA without its scale": Mutant("lora_embedding", "acc *= tl.load", "tl.load", ("dA0",), subject=WORDS),
     "last rank of an embedding": Mutant("lora_embedding", "ranks < R", "ranks < R - 1", ("y", "dA0"), subject=WORDS),
+    # of experts
+    "another expert's weight": Mutant("lora_experts", "W_ptr + e * W_se", "W_ptr", ("y", "dx"), subject=EXPERTS),
+    "another expert's B": Mutant("lora_experts", "B_ptr + e * B_se", "B_ptr", ("y", "dx"), subject=EXPERTS),
+    "another expert's bias": Mutant("lora_experts", "bias_ptr + e * bias_se", "bias_ptr", ("y",), subject=EXPERTS),
+    "another expert's gradients": Mutant("lora_experts", "e.to(tl.int64) * A_se", "0", ("y", "dA0"), subject=EXPERTS),
+    "another token": Mutant(
+        "lora_experts", "sources_ptr + rows,", "sources_ptr + rows // 2,", ("y", "dA0", "dB0"), subject=EXPERTS
+    ),
+    "a block of rows twice": Mutant(
+        "lora_experts", "(block - first) * BM", "(block - first) // 2 * BM", ("y",), subject=EXPERTS
+    ),
+    "one block of an expert's rows": Mutant(
+        "lora_experts", "range(begin, end, BM)", "range(begin, begin + BM, BM)", ("dA0", "dB0"), subject=EXPERTS
+    ),
+    "rows without their scale": Mutant(
+        "lora_experts", "acc *= column_scales", "column_scales", ("y", "dx", "dA0", "dB0"), subject=EXPERTS
+    ),
+    "one row a token": Mutant("lora_experts", "in range(k)", "in range(1)", ("dx",), subject=EXPERTS),
+    # of few tokens
+    "the first partial sum alone": Mutant("lora_decode", "in range(splits)", "in range(1)", ("y",), subject=FEW),
+    "y without its last block of K": Mutant("lora_decode", "tl.cdiv(K, BK))", "K // BK)", ("y",), subject=FEW),
+    "few tokens, one scale": Mutant("device", "columns >= STARTS[i]", "columns >= STARTS[0]", ("y",), subject=FEW),
+    "few tokens without their bias": Mutant("lora_decode", "if BIAS:", "if False:", ("y",), subject=FEW),
+    "the last rank of few tokens": Mutant("lora_decode", "ranks < R", "ranks < R - 1", ("y",), subject=FEW),
+    "the second block of ranks": Mutant("lora_decode", "range(0, R, BR)", "range(0, BR, BR)", ("y",), subject=MORE),
+    "the second block of few tokens": Mutant("lora_decode", "% row_blocks", "% 1", ("y",), subject=MORE),
+    "another block of columns": Mutant("lora_decode", "block * BN", "block // 2 * BN", ("y",), subject=MORE),
+    # of a layer with magnitudes
+    "y without the magnitudes": Mutant("dora_linear", "plain * (c - 1)", "plain * 0", ("y",), subject=DORA),
+    "the adapter without the magnitudes": Mutant("dora_linear", "low * c", "low", ("y",), subject=NO_DROPOUT),
+    "the bias with the magnitudes": Mutant("dora_linear", "elif BIAS:", "elif False:", ("y",), subject=NO_DROPOUT),
+    "a neighbour's magnitude": Mutant("dora_linear", "c_ptr + cols", "c_ptr + cols // 2", ("y",), subject=DORA),
+    "dx without the magnitudes": Mutant("dora_linear", "(g * by)", "(g * 0)", ("dx",), subject=DORA),
+    "dm with the bias": Mutant("dora_linear", "plain -= bias", "bias", ("dm",), subject=NO_DROPOUT),
+    "dm of the last tokens": Mutant("dora_linear", "dm += ", "dm = ", ("dm",), subject=DORA),
+    "dbias of the last tokens": Mutant("dora_linear", "db += ", "db = ", ("dbias",), subject=DORA),
+    "what is dropped without 1/(1-p)": Mutant("dora_linear", "x * scales[0]", "x", ("y", "dx"), subject=DORA),
+    "nothing dropped": Mutant("dora_linear", "tl.where(keep, ", "tl.where(keep | True, ", ("y", "dx"), subject=DORA),
+    # of a mixed batch
+    "rows as they lie": Mutant(
+        "lora_mixed", "6 * adapters + first + tokens // T", "6 * adapters + tokens // T", ("y",), subject=MIXED
+    ),
+    "the ranks of the first adapter": Mutant(
+        "lora_mixed", "table_ptr + 3 * adapters + own", "table_ptr", ("y",), subject=MIXED
+    ),
+    "the scaling of the first adapter": Mutant(
+        "lora_mixed", "table_ptr + 5 * adapters + own", "table_ptr + 5 * adapters", ("y",), subject=MIXED
+    ),
+    "the bias of the first adapter": Mutant("lora_mixed", "own.to(tl.int64) * N", "0", ("y",), subject=MIXED),
+    "one part of K": Mutant("lora_mixed", "in range(parts)", "in range(1)", ("y",), subject=MIXED),
+    "last rank of a mixed batch": Mutant("lora_mixed", "ranks < rank", "ranks < rank - 1", ("y",), subject=MIXED),
 }
 # where the backends look for their kernels
 PLACES = (
@@ -115,6 +198,11 @@ PLACES = (
     (lora_mlp, "kernels", "lora_mlp"),
     (lora_embedding, "skinny", "skinny"),
     (lora_embedding, "kernels", "lora_embedding"),
+    (lora_experts, "kernels", "lora_experts"),
+    (lora_decode, "kernels", "lora_decode"),
+    (dora_linear, "skinny", "skinny"),
+    (dora_linear, "kernels", "dora_linear"),
+    (lora_mixed, "kernels", "lora_mixed"),
 )
 
 

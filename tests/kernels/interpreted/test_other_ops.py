@@ -1,11 +1,18 @@
-"""The numeric contract of lora_group, lora_mlp and lora_embedding on the Triton backend, kernel by kernel in Python."""
+"""The numeric contract of the other ops with Triton kernels, kernel by kernel in Python."""
 
 import pytest
 import torch
 
 from peft_fast import ops
 from peft_fast.backends.triton import lora_linear
-from tests import cases_lora_embedding, cases_lora_group, cases_lora_mlp, numerics
+from tests import (
+    cases_dora_linear,
+    cases_lora_decode,
+    cases_lora_embedding,
+    cases_lora_group,
+    cases_lora_mlp,
+    numerics,
+)
 from tests.inputs import DTYPES, Layer
 
 # tiles here are 32 rows by 128 columns: every block is crossed, and no sibling ends where a tile does
@@ -46,6 +53,27 @@ TABLES = {
             " base_trains ids_every_other transposed",
             "f32": "padding gemma",
             "f16": "plain",
+        },
+    ),
+    "lora_decode": (
+        cases_lora_decode,
+        {
+            "bf16_f32_adapters": "lead_1 lead_3 conv1d_7 long_chain_narrow rank_17 rank_256 three_adapters"
+            " adapter_biases tensor_scaling everything_awkward x_every_other ragged_1x1 no_adapter",
+            "bf16": "lead_32 three_adapters",
+            "f32": "lead_3 conv1d_3 long_chain_narrow both_biases",
+            "f16": "three_adapters",
+            "f16_f32_adapters_autocast": "both_biases",
+        },
+    ),
+    "dora_linear": (
+        cases_dora_linear,
+        {
+            "bf16": "bias dropout_0.5",
+            "bf16_f32_adapters": "tokens_1 tokens_67 rank_17 rank_256 bias base_trains conv1d dropout_0.5 dropout_1.0"
+            " young x_columns_undropped W_columns g_columns x_permuted bias_every_other",
+            "f32": "bias dropout_0.5 base_trains",
+            "f16_f32_adapters_autocast": "bias",
         },
     ),
 }
@@ -99,7 +127,9 @@ def test_no_tokens(provider, case):
 @pytest.mark.parametrize("op", TABLES)
 def test_twice_the_same_bits(op):
     table = TABLES[op][0]
-    case = next(c for c in table.CASES if c.name in ("qkv_biased", "own_dropout", "many_tokens"))
+    case = next(
+        c for c in table.CASES if c.name in ("qkv_biased", "own_dropout", "many_tokens", "dropout_0.5", "lead_3")
+    )
     for provider in PROVIDERS[op]:
         p = numerics.problem(case, DTYPES["bf16_f32_adapters"])
         first, again = numerics.ours(p, provider), numerics.ours(p, provider)

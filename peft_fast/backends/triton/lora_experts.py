@@ -1,0 +1,144 @@
+"""lora_experts by Triton kernels: one launch a product, whatever the routing, and nothing waits for the host.
+
+Adapters are rounded to x's dtype; beside float16, which ends at 6e-8, low-rank rows and their products are float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from peft_fast.backends.operators import define, traced
+from peft_fast.backends.torch import lora_experts as otherwise
+from peft_fast.backends.torch.lora_linear import dense_rows, no_autocast
+from peft_fast.backends.triton import tuning
+from peft_fast.backends.triton.guard import guarded
+from peft_fast.backends.triton.lora_linear import MOST_ADAPTERS, takes_tf32
+from peft_fast.ops.spec import ExpertsSpec, Routing
+
+_ROUTING = "Tensor order, Tensor inverse, Tensor counts, int k"
+_SPEC = "int[] ranks, float[] scalings, bool tokens, bool transposed"
+_FORWARD = f"(Tensor x, Tensor W, Tensor? bias, Tensor A, Tensor B, {_ROUTING}, {_SPEC}) -> (Tensor, Tensor)"
+_BACKWARD = (
+    f"(Tensor g, Tensor x, Tensor W, Tensor? bias, Tensor A, Tensor B, Tensor H, {_ROUTING}, {_SPEC}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def forward(x, W, bias, A, B, routing, spec):
+    """x (S, K), or (T, K) if tokens, W, bias (E, N) | None, A (E, R, K), B (N, R·E) -> y (S, N), H (S, R)."""
+    run = torch.ops.peft_fast.triton_lora_experts if traced(x) else _forward_op
+    return run(x, W, bias, A, B, *routing, *_plain(spec))
+
+
+def backward(g, x, W, bias, A, B, H, routing, spec, needs):
+    """g (S, N) -> dx, dbias, dA, dB; None where ``needs`` (x, bias, A, B) says so."""
+    run = torch.ops.peft_fast.triton_lora_experts_backward if traced(x) else _backward_op
+    grads = run(g, x, W, bias, A, B, H, *routing, *_plain(spec), list(needs))
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def run_forward(x, W, bias, A, B, routing, spec):
+    """What the operator does, on real or meta tensors."""
+    x, tf32, tiles = dense_rows(x), takes_tf32(x), tuning.load(x.device.index or 0)
+    low = torch.float32 if x.dtype == torch.float16 else x.dtype
+    sources = _sources(routing, spec)
+    H = x.new_empty(routing.order.shape[0], 0, dtype=low)
+    if spec.ranks:
+        ranks, scales = tuple(spec.ranks), tuple(spec.scalings)
+        H = kernels().shrink(x, A, routing.counts, sources, ranks, scales, low, tf32, tiles)
+    W = W.transpose(1, 2) if spec.transposed else W  # (E, N, K)
+    bias = bias if bias is None else dense_rows(bias)
+    B = otherwise.by_expert(B.to(x.dtype), A.shape[0])
+    return kernels().product(x, W, bias, H, B, routing.counts, sources, tf32, tiles), H
+
+
+def run_backward(g, x, W, bias, A, B, H, routing, spec, needs):
+    """What the operator does, on real or meta tensors; None for what is not needed."""
+    g, tf32, tiles = dense_rows(g.to(x.dtype)), takes_tf32(x), tuning.load(x.device.index or 0)
+    run, counts, (E, R, K), N = kernels(), routing.counts, A.shape, g.shape[1]
+    D, dx, dbias, dA, dB = H, None, None, None, None
+    if spec.ranks and (needs[0] or needs[2]):
+        Bt = otherwise.by_expert(B.to(x.dtype), E).transpose(1, 2)  # (E, R, N)
+        D = run.shrink(g, Bt, counts, None, tuple(spec.ranks), tuple(spec.scalings), H.dtype, tf32, tiles)
+    if needs[0]:
+        Wt = W if spec.transposed else W.transpose(1, 2)  # (E, K, N)
+        dx = run.product(g, Wt, None, D, A.transpose(1, 2), counts, None, tf32, tiles)
+        dx = run.collect(dx, routing.inverse, x.shape[0]) if spec.tokens else dx
+    if needs[1]:
+        dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
+        # sums over rows are products with ones, exact but in TF32
+        run.outer(g, g.new_ones(g.shape[0], 1), counts, None, dbias.unsqueeze(1), False, tiles)
+    if needs[2]:
+        dA = run.outer(dense_rows(x), D, counts, _sources(routing, spec), A.new_empty(E, R, K), tf32, tiles)
+    if needs[3]:
+        dB = B.new_empty(E, N, R)
+        run.outer(g, H, counts, None, dB.transpose(1, 2), tf32, tiles)
+    return dx, dbias, dA, None if dB is None else otherwise.by_rank(dB)
+
+
+def kernels():
+    """The kernels, imported at the first call."""
+    from peft_fast.kernels import lora_experts
+
+    return lora_experts
+
+
+def _sources(routing, spec):
+    """The row of x that each row reads, if x has one a token."""
+    return routing.order // max(routing.k, 1) if spec.tokens else None
+
+
+def _plain(spec):
+    return spec.ranks, spec.scalings, spec.tokens, spec.transposed
+
+
+def _vendors(x, W, ranks):
+    """Calls that need no kernel of ours: nothing to compute, or too many adapters."""
+    return not (x.numel() and W.numel()) or len(ranks) > MOST_ADAPTERS
+
+
+def _signature(what, x, W, A, spec):
+    return what, x.device, x.dtype, A.dtype, tuple(W.shape), tuple(spec.ranks), spec.tokens, spec.transposed
+
+
+def _forward_op(x, W, bias, A, B, order, inverse, counts, k, ranks, scalings, tokens, transposed):
+    spec = ExpertsSpec(ranks, scalings, tokens, transposed, False, "triton")
+    tensors = x, W, bias, A, B, Routing(order, inverse, counts, k), spec
+    with no_autocast(x.device.type):
+        if _vendors(x, W, ranks):
+            return otherwise.forward(*tensors)
+        return guarded(
+            _signature("lora_experts' forward", x, W, A, spec),
+            lambda: run_forward(*tensors),
+            lambda: otherwise.forward(*tensors),
+        )
+
+
+def _backward_op(g, x, W, bias, A, B, H, order, inverse, counts, k, ranks, scalings, tokens, transposed, needs):
+    spec = ExpertsSpec(ranks, scalings, tokens, transposed, False, "triton")
+    tensors = g, x, W, bias, A, B, H, Routing(order, inverse, counts, k), spec, needs
+    with no_autocast(x.device.type):
+        if _vendors(x, W, ranks):
+            grads = otherwise.backward(*tensors)
+        else:
+            grads = guarded(
+                _signature("lora_experts' backward", x, W, A, spec),
+                lambda: run_backward(*tensors),
+                lambda: otherwise.backward(*tensors),
+            )
+    # an operator returns tensors only, and its fake promises contiguous ones
+    return tuple(x.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+def _forward_fake(x, W, bias, A, B, order, inverse, counts, k, ranks, scalings, tokens, transposed):
+    S, low = order.shape[0], torch.float32 if x.dtype == torch.float16 else x.dtype
+    return x.new_empty(S, B.shape[0]), x.new_empty(S, A.shape[1], dtype=low)
+
+
+def _backward_fake(g, x, W, bias, A, B, H, order, inverse, counts, k, ranks, scalings, tokens, transposed, needs):
+    like = x, bias, A, B
+    return tuple(t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(like, needs, strict=True))
+
+
+define("triton_lora_experts", _FORWARD, _forward_op, _forward_fake)
+define("triton_lora_experts_backward", _BACKWARD, _backward_op, _backward_fake)
