@@ -1,6 +1,7 @@
 """Who may import whom, and what importing the package must not do."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ LAW = {
     "peft_fast/errors.py": (set(), set()),
     "peft_fast/settings.py": (set(), {"peft_fast.errors"}),
     "peft_fast/build.py": (set(), set()),
+    "peft_fast/build_machine.py": (set(), set()),
     "peft_fast/build_cuda.py": (set(), set()),
     "peft_fast/build_steps.py": (set(), set()),
     "peft_fast/native.py": ({"torch"}, {"peft_fast.settings", "peft_fast.errors", "peft_fast.backends"}),
@@ -152,7 +154,7 @@ def test_the_reader_of_imports_sees_each_kind(tmp_path):
 
 def test_only_settings_reads_the_environment():
     # the build runs before there is a package
-    may = {"peft_fast/settings.py", "peft_fast/build.py", "peft_fast/build_cuda.py"}
+    may = {"peft_fast/settings.py", *(f"peft_fast/build{part}.py" for part in ("", "_machine", "_cuda"))}
     readers = set()
     for path in [*python_files("peft_fast"), *python_files("kernels")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -211,3 +213,14 @@ def test_import_needs_no_torch():
     code = "import sys; sys.modules['torch'] = None; import peft_fast, peft_fast.build, peft_fast.cli.app"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_contributing_names_every_op_and_who_asks_for_it():
+    from peft_fast.backends import OPS
+
+    rows = re.findall(r"^\| (`.*`) \| .* \| (`.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    named = [op for ops, _ in rows for op in re.findall(r"`(\w+)`", ops)]
+    assert set(OPS) <= set(named)
+    assert all(
+        (ROOT / "peft_fast" / "patch" / file).is_file() for _, by in rows for file in re.findall(r"`(\w+\.py)`", by)
+    )

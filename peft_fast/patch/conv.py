@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from peft_fast import settings
-from peft_fast.ops import Adapter, Sibling, lora_linear
+from peft_fast.ops import Adapter, Sibling, lora_linear, packing
 from peft_fast.patch import ledger, plan
 from peft_fast.patch.marks import wanted
 
@@ -24,7 +25,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # PEFT's class of all three, the three, and the forward PEFT gave them
 ConvNd = stock = None
 kinds: tuple[type, ...] = ()
-# frozen base -> its weight and that weight's (N, C) view, one object for as long as the weight is one
+# frozen base -> its weight, weakly, and that weight's (N, C) view, one object for as long as the weight is one
 _flat: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
 
 
@@ -135,9 +136,9 @@ def refuse_input(layer: nn.Module, x: Tensor, found: Plan) -> str:
             return "the input lies neither in channels-first nor in channels-last order"
         if x.is_cuda:
             return "an input in channels-first order, on a GPU"
-        dropped = any(a.p > 0 for a in found.linear.adapters)
-        if not dropped and dtype not in plan.NARROW:
-            return "an input in channels-first order, without dropout and in full precision: there is nothing to gain"
+        adapters = found.linear.adapters
+        if not any(a.p > 0 for a in adapters) and (dtype not in plan.NARROW or adapters[0].A.dtype is dtype):
+            return "an input in channels-first order, which PEFT neither drops nor casts: there is nothing to gain"
     return plan.refuse_input(layer, x.movedim(1, -1), found.linear)
 
 
@@ -148,11 +149,21 @@ def _is_channels_last(t: Tensor) -> bool:
 
 
 def _flattened(base: nn.Module, W: Tensor) -> Tensor:
-    """W (N, C, 1, ...) -> its view (N, C): of a frozen one always the same, by which packed copies know it."""
+    """W (N, C, 1, ...) -> its view (N, C): always the same one where packed copies are kept, which know it by that."""
     if W.requires_grad or torch.compiler.is_compiling() or W.is_inference():
         return W.flatten(1)
+    if not W.is_cpu or not packing.budget():
+        # a view that is kept keeps the memory of a weight that was moved or replaced since
+        _flat.pop(base, None)
+        return W.detach().flatten(1)
     known = _flat.get(base)
-    if known is None or known[0] is not W or known[1].data_ptr() != W.data_ptr() or known[1].dtype is not W.dtype:
+    if known is None or known[0]() is not W or known[1].data_ptr() != W.data_ptr() or known[1].dtype is not W.dtype:
         # without its parameter's graph, of which a frozen one has none
-        known = _flat[base] = W, W.detach().flatten(1)
+        known = _flat[base] = weakref.ref(W), W.detach().flatten(1)
     return known[1]
+
+
+def forget(modules: Iterable[nn.Module] | None = None) -> None:
+    """Drops the views of these bases, or all, and with them the memory of weights that have moved away."""
+    for base in list(_flat) if modules is None else [m for m in modules if isinstance(m, BASES)]:
+        _flat.pop(base, None)

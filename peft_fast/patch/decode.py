@@ -7,26 +7,44 @@ not the common case returns None and goes the long way by plan.py, which takes n
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from peft_fast import settings
-from peft_fast.ops import prepare
-from peft_fast.ops.lora_decode import MOST, kernel
+from peft_fast.ops import Sibling, prepare
+from peft_fast.ops.lora_decode import MOST, kernel, most
 from peft_fast.patch import alike, ledger, plan
 
 DTYPES = (torch.float32, torch.bfloat16)
+LATE = ("cuda",)
 
 
 def run(layer: nn.Module, x: Tensor) -> Tensor | None:
     """x (..., K) -> y (..., N) of a wanted layer that got nothing else, or None: the call is for others."""
+    if (found := base_of(layer, x)) is None:
+        return None
+    W, bias, transposed = found
+    K, size = x.shape[-1], x.numel()
+    if size >= settings.get().min_tokens * K or (size > MOST * K and size > most(x.dtype) * K):
+        return None
+    names = layer._active_adapter
+    if (low := adapters(layer, (names,) if type(names) is str else names, W.dtype)) is None or not low[0]:
+        return None
+    prepare.count_call()
+    ledger.count(layer, None)
+    return kernel()(x, W, bias, *low, transposed)
+
+
+def base_of(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, bool] | None:
+    """(W, bias, transposed) of a layer whose compiled kernels take x (..., K), or None."""
     # where a training step ends
     if torch.is_grad_enabled() or type(x) is not Tensor or torch.is_autocast_enabled("cpu"):
         return None
     if type(layer) is not plan.Linear or layer._disable_adapters or layer.merged_adapters:
         return None
-    modules = layer._modules
-    base = modules["base_layer"]
+    base = layer._modules["base_layer"]
     kind, tensors = type(base), base._parameters
     W, bias, transposed = tensors.get("weight"), tensors.get("bias"), kind is plan.Conv1D
     if not (transposed or alike.linear(kind)) or not plan.plain(W) or not (bias is None or plan.plain(bias)):
@@ -36,35 +54,41 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
         return None
     if not (x.is_cpu and W.is_cpu) or x.layout is not torch.strided or x.is_nested or not x.dim():
         return None
-    K, now = W.shape[0 if transposed else 1], settings.get()
-    if x.shape[-1] != K or x.numel() > MOST * K or x.numel() >= now.min_tokens * K:
+    if x.shape[-1] != W.shape[0 if transposed else 1] or (transposed and not x.is_contiguous()):
         return None
-    if (transposed and not x.is_contiguous()) or plan.hooked(base) or base.__dict__.get("_hf_tp_plan") is not None:
+    if plan.hooked(base) or base.__dict__.get("_hf_tp_plan") is not None:
         return None
-    if plan.hooks_everywhere() or plan.refuse_call((), {}) or (run_kernel := kernel()) is None:
+    if plan.hooks_everywhere() or plan.refuse_call((), {}) or kernel() is None:
         return None
-    As, Bs, biases, scalings = [], [], [], []
+    return W, bias, transposed
+
+
+def adapters(layer: nn.Module, names: Iterable[str], dtype: torch.dtype) -> tuple[list, list, list, list] | None:
+    """(As, Bs, biases of B, scalings) of those of ``names`` that a layer of ``dtype`` has, or None."""
+    modules, variants, scaling_of = layer._modules, layer.lora_variant, layer.scaling
     loras_A, loras_B = modules["lora_A"]._modules, modules["lora_B"]._modules
-    names = layer._active_adapter
-    for name in (names,) if type(names) is str else names:
+    dropouts = modules["lora_dropout"]._modules
+    As, Bs, biases, scalings, kind = [], [], [], [], None
+    for name in names:
         if (lora_A := loras_A.get(name)) is None:
             continue
-        lora_B, dropout, scaling = loras_B[name], modules["lora_dropout"]._modules[name], layer.scaling[name]
-        if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or name in layer.lora_variant:
+        lora_B, dropout, scaling = loras_B[name], dropouts[name], scaling_of[name]
+        if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or name in variants:
             return None
         if plan.hooked(lora_A) or plan.hooked(lora_B) or plan.hooked(dropout) or plan.probability(dropout) != 0.0:
             return None
-        A, B, low_bias = lora_A._parameters["weight"], lora_B._parameters["weight"], lora_B._parameters["bias"]
-        low = A.dtype
-        if not plan.plain(A) or not plan.plain(B) or lora_A._parameters["bias"] is not None or B.dtype is not low:
+        of_A, of_B = lora_A._parameters, lora_B._parameters
+        A, B, low_bias = of_A["weight"], of_B["weight"], of_B["bias"]
+        if not plan.plain(A) or not plan.plain(B) or of_A["bias"] is not None:
             return None
-        if B.shape[1] != A.shape[0]:
+        if A.dtype is not kind:
+            # adapters have one dtype: the first one's
+            kind = A.dtype if kind is None else None
+            if not (kind is dtype or (kind is torch.float32 and layer.cast_input_dtype_enabled)):
+                return None
+        if B.dtype is not kind or B.shape[1] != A.shape[0] or not (A.is_cpu and B.is_cpu):
             return None
-        if not (low is dtype or (low is torch.float32 and layer.cast_input_dtype_enabled)):
-            return None
-        if not (A.is_cpu and B.is_cpu) or (As and As[0].dtype is not low):
-            return None
-        if low_bias is not None and not (plan.plain(low_bias) and low_bias.dtype is low):
+        if low_bias is not None and not (plan.plain(low_bias) and low_bias.dtype is kind):
             return None
         if type(scaling) is not float:
             if not plan.number(scaling):
@@ -74,8 +98,10 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
         Bs.append(B)
         biases.append(low_bias)
         scalings.append(scaling)
-    if not As:
-        return None
-    prepare.count_call()
-    ledger.count(layer, None)
-    return run_kernel(x, W, bias, As, Bs, biases, scalings, transposed)
+    return As, Bs, biases, scalings
+
+
+def late(x: Tensor, own: Sibling) -> bool:
+    """Is a call for lora_decode of a layer that plan.py has looked at? So it is on a GPU, where the host has time."""
+    few = x.device.type in LATE and not torch.is_grad_enabled() and x.shape[:-1].numel() <= MOST
+    return few and not settings.get().exact and all(a.p == 0 for a in own.adapters)

@@ -19,6 +19,7 @@ from peft_fast.patch import ledger, plan
 # fingerprint of what is stood in for -> the PEFT releases that have it, read line by line
 KNOWN = {"2580636e9d33cc0d": "0.19.0 to 0.21.2", "218234e7fed27992": "0.19.0 to 0.21.2, Embedding"}
 NORM = "peft_fast-norm"  # in PEFT's own cache of a DoRA layer
+FEW = 32  # tokens whose product torch makes about as fast as the compiled kernels
 
 # PEFT's module of DoRA layers, and its variants
 _dora = _variants = None
@@ -95,8 +96,17 @@ def run(layer: nn.Module, x: Tensor, found: Plan) -> Tensor:
     if reason:
         return plan.stock_linear(layer, x)
     W, bias, (adapter,), transposed = found.linear
-    norm = _cached(found.magnitude, W, adapter, transposed, None)
-    return dora_linear(x, W, bias, adapter, found.m, norm=norm, transposed=transposed, exact=settings.get().exact)
+    norm, backend = _cached(found.magnitude, W, adapter, transposed, None), None
+    if _as_the_base_alone(x, adapter):
+        backend, norm = "torch", dora_norm(W, adapter, transposed=transposed) if norm is None else norm
+    options = {"transposed": transposed, "exact": settings.get().exact, "backend": backend}
+    return dora_linear(x, W, bias, adapter, found.m, norm=norm, **options)
+
+
+def _as_the_base_alone(x: Tensor, adapter: Adapter) -> bool:
+    """Is the base's product to be torch's own? With few tokens in float32 a fresh adapter is compared with none."""
+    few = x.dtype is torch.float32 and adapter.p == 0 and x.is_cpu and not torch.is_autocast_enabled("cpu")
+    return few and not torch.compiler.is_compiling() and x.shape[:-1].numel() <= FEW
 
 
 def _cached(magnitude, W, adapter, transposed, dtype):

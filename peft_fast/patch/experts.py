@@ -25,8 +25,6 @@ from peft_fast.ops.checks import FLOATS, MAX_RANK
 from peft_fast.patch import ledger, plan
 from peft_fast.patch.marks import wanted
 
-# an expert after the other, as plain torch runs them, keeps no GPU busy
-DEVICES = ("cpu",)
 # attributes that the decorator gives an instance, and what they are where a forward of the class itself runs
 FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 # fingerprint of what the decorated forward and grouped_mm are made of -> the releases of transformers that have it
@@ -44,6 +42,8 @@ KNOWN_EAGER = {
 
 stock = None
 ParamWrapper = None
+# what the stock forward calls: class, name, function
+_called: list[tuple[type, str, Callable]] = []
 
 
 class Stack(NamedTuple):
@@ -71,6 +71,12 @@ def load() -> None:
 
         plan.load()
         stock, ParamWrapper = layer.ParamWrapper.forward, layer.ParamWrapper
+        for name in ("_activate_lora", "get_delta_factors", "get_delta_weight"):
+            if name in vars(ParamWrapper):
+                _called.append((ParamWrapper, name, vars(ParamWrapper)[name]))
+        for proxy in ("_LoraParameterProxy", "_LoraFactorsProxy"):
+            if proxy := getattr(layer, proxy, None):
+                _called.append((proxy, "forward", proxy.forward))
         functools.update_wrapper(forward, stock)
 
 
@@ -105,6 +111,8 @@ def run(found: Plan, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
 
 def plan_of(layer: nn.Module) -> Plan | str:
     """A wrapper, and those nested in it -> what lora_experts needs to run them, or why PEFT keeps it."""
+    if any(getattr(owner, name) is not function for owner, name, function in _called):
+        return "another library has replaced a function that PEFT's lora.ParamWrapper.forward calls"
     adapters: dict[str, list[Adapter]] = {}
     wrappers = []
     base = layer
@@ -135,7 +143,8 @@ def plan_of(layer: nn.Module) -> Plan | str:
     for found in stacks:
         if type(found) is str:
             return found
-    return Plan(base, *stacks, wrappers)
+    found = Plan(base, *stacks, wrappers)
+    return _refuse_backend(found) or found
 
 
 def refuse_input(found: Plan, x: Tensor, args: tuple) -> str:
@@ -158,7 +167,8 @@ def refuse_input(found: Plan, x: Tensor, args: tuple) -> str:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if dtype is not W.dtype:
             return "input and base weight have different dtypes"
-    if experts.numel():
+    # another device would have to be waited for: there ops.route_experts says what becomes of such numbers
+    if experts.numel() and W.device.type == "cpu":
         low, high = torch.stack(torch.aminmax(experts)).tolist()
         if low < 0 or high >= W.shape[0]:
             return "the router names experts that are not here"
@@ -230,12 +240,19 @@ def _refuse_base(base: nn.Module, layer: nn.Module) -> str:
     return refuse_forward(base)
 
 
+def _refuse_backend(found: Plan) -> str:
+    """Why what would run here is not worth it: plain torch, expert after expert, keeps no GPU busy."""
+    device = found.up.W.device.type
+    if device == "cpu":
+        return ""
+    backend, _, reason = choice(found)
+    return f"plain torch would run the experts one by one on {device} ({reason})" if backend == "torch" else ""
+
+
 def _stack(base: nn.Module, name: str, adapters: list[Adapter]) -> Stack | str:
     W, bias = base._parameters.get(name), None
     if not plan.plain(W) or W.dim() != 3 or W.dtype not in FLOATS:
         return "the base weight is not a plain dense stack (quantized, sharded, parametrized)"
-    if W.device.type not in DEVICES:
-        return f"the experts are on {W.device.type}, where nothing of ours is known to be faster"
     if W.requires_grad:
         return "the experts' own weights are trained"
     if W.shape[0] != base.num_experts:

@@ -10,7 +10,7 @@ import functools
 import torch
 
 from peft_fast import settings
-from peft_fast.ops import lora_linear
+from peft_fast.ops import lora_decode, lora_linear
 from peft_fast.patch import decode, dora, groups, ledger, mixed, plan
 from peft_fast.patch.marks import wanted
 
@@ -44,10 +44,12 @@ def forward(self, x, *args, **kwargs):
         if not compiling:
             ledger.count(self, reason)
         return plan.stock_linear(self, x, *args, **kwargs)
-    y = groups.run(self, x, layer) if grouped else None
+    few = not compiling and decode.late(x, layer)
+    y = groups.run(self, x, layer) if grouped and not few else None
     if y is None:
         W, bias, adapters, transposed = layer
-        y = lora_linear(x, W, bias, adapters, transposed=transposed, exact=settings.get().exact)
+        run = lora_decode if few else functools.partial(lora_linear, exact=settings.get().exact)
+        y = run(x, W, bias, adapters, transposed=transposed)
     if not compiling:
         ledger.count(self, None)
     return y

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from peft_fast.ops.nf4 import Nested, Packed
+from peft_fast.ops.nf4 import Codes, Nested, Packed
 from peft_fast.patch import plan
 
 
@@ -32,6 +32,40 @@ class Rows(NamedTuple):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W (N, K): an int8 is exact in every float, so this rounds once."""
         return self.values.to(dtype).mul_(self.scale)
+
+    def codes(self, dtype: torch.dtype) -> Codes | None:
+        """The same for the compiled kernels, where the values lie together."""
+        if not self.values.is_contiguous() or not self.values.numel():
+            return None
+        scales = self.scale.reshape(-1)
+        return Codes(self.values, scales, None, None, self.values.numel() // scales.numel())
+
+
+class Groups(NamedTuple):
+    """int8 with a scale and a zero for as many neighbours of a row, which its library makes dense."""
+
+    values: Tensor  # (N, K) int8
+    scale: Tensor  # (N, K/group)
+    zero: Tensor  # the same, int8
+    rounds: torch.dtype  # what the library rounds to
+    make: Callable[[], Tensor]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, K)."""
+        return self.values.shape
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W (N, K) in ``dtype``, computed in the library's."""
+        return self.make().to(dtype)
+
+    def codes(self, dtype: torch.dtype) -> Codes | None:
+        """The same for the compiled kernels, where both round alike."""
+        if self.rounds not in (dtype, torch.float32):
+            return None
+        group = self.values.numel() // self.scale.numel()
+        scales, zeros = self.scale.reshape(-1).float(), self.zero.reshape(-1)
+        return Codes(self.values, scales.contiguous(), None, zeros.contiguous(), group)
 
 
 class Called(NamedTuple):
@@ -141,7 +175,15 @@ def _torchao(base):
         return Base(name)
     N, K = W.shape
     if kind.__name__ == "IntxUnpackedToInt8Tensor" and W.activation_quantization is None:
-        return Base(name, Called((N, K), W.dequantize), base.bias, None, True, (W.target_dtype, W.dtype))
+        rows, group = W.block_size
+        zero = W.zero_point
+        grouped = rows == 1 and W.scale.numel() * group == N * K and W.scale.shape == zero.shape
+        known = zero.dtype is torch.int8 and W.scale.dtype in (W.dtype, torch.float32)
+        if grouped and known and W.qdata.is_contiguous():
+            packed = Groups(W.qdata, W.scale, zero, W.dtype, W.dequantize)
+        else:
+            packed = Called((N, K), W.dequantize)
+        return Base(name, packed, base.bias, None, True, (W.target_dtype, W.dtype, group))
     if kind.__name__ != "Int8Tensor" or W.act_quant_kwargs is not None or W.act_pre_scale is not None:
         return Base(name)
     rows = W.block_size[-1] == K and W.scale.numel() in (1, N) and W.scale.dtype is torch.float32
@@ -175,7 +217,12 @@ def trusted(base: nn.Module, found: Base, dtype: torch.dtype) -> bool:
     key = type(base), type(found.W), found.kind, found.key, tuple(found.W.shape), found.bias is None, dtype
     key = *key, base.training, device_of(base)
     if key not in _trusted:
-        _trusted[key] = _agrees(base, found, dtype)
+        _trusted[key] = False  # what the trial calls may ask again
+        try:
+            _trusted[key] = _agrees(base, found, dtype)
+        except BaseException:  # interrupted, which says nothing
+            del _trusted[key]
+            raise
     return _trusted[key]
 
 

@@ -76,6 +76,7 @@ def restore(model: nn.Module) -> nn.Module:
         module.__dict__.pop(MARK, None)
     ledger.forget(model.modules())
     groups.forget(layers.values())
+    conv.forget(model.modules())
     places.forget(model)
     if not state.everywhere and not _in_use():
         _uninstall()
@@ -153,6 +154,7 @@ def _uninstall() -> None:
         conv.ConvNd.forward = conv.stock
     if experts.ParamWrapper is not None and experts.ParamWrapper.forward is experts.forward:
         experts.ParamWrapper.forward = experts.stock
+    conv.forget()
     quantized.uninstall()
     blocks.uninstall()
     steps.uninstall()

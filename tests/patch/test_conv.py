@@ -7,9 +7,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import peft_fast
 from peft_fast import settings
+from peft_fast.ops import packing
 from peft_fast.patch import conv, known, plan
 from tests.patch.toys import assert_same, both, stock
 
@@ -53,6 +55,7 @@ def assert_pefts(model, x, reason):
     assert_same(expected, got)
 
 
+NOTHING = "in channels-first order, which PEFT neither drops nor casts: there is nothing to gain"
 ORDERS = [(1, False, False)] + [(d, x, w) for d in (2, 3) for x in (False, True) for w in (False, True)]
 DTYPES = {"bf16": (BF16, None, 3e-2), "bf16 adapters": (BF16, BF16, 3e-2), "fp16": (F16, None, 4e-3)}
 
@@ -62,14 +65,15 @@ DTYPES = {"bf16": (BF16, None, 3e-2), "bf16 adapters": (BF16, BF16, 3e-2), "fp16
 def test_orders_of_memory_and_dtypes(dims, x_last, W_last, dtype, low, rtol):
     if dims == 3 and dtype is F16:
         return assert_pefts(model_of(dims, dtype, W_last), image(dims, dtype, x_last), "in float16, whose results")
+    if low is dtype and not x_last:
+        return assert_pefts(model_of(dims, dtype, W_last, low), image(dims, dtype, x_last), NOTHING)
     assert_fast(model_of(dims, dtype, W_last, low), image(dims, dtype, x_last), rtol)
 
 
 @pytest.mark.parametrize("dtype, rtol", [(F32, 1e-5), (F64, 1e-12)])
 def test_full_precision_is_fast_in_channels_last_order(dtype, rtol):
     assert_fast(model_of(dtype=dtype, last=True), image(dtype=dtype, last=True), rtol)
-    reason = "in channels-first order, without dropout and in full precision"
-    assert_pefts(model_of(dtype=dtype), image(dtype=dtype), reason)
+    assert_pefts(model_of(dtype=dtype), image(dtype=dtype), NOTHING)
 
 
 OPTIONS = {
@@ -266,3 +270,38 @@ def test_an_unknown_forward_of_convolutions_leaves_linear_layers_fast(monkeypatc
         monkeypatch.undo()
         known._judge.cache_clear()
     assert known.forward_known("_ConvNd")[0]
+
+
+@pytest.mark.parametrize("pack_mb", [0, 8])
+def test_the_memory_of_a_weight_that_has_moved_is_not_kept(pack_mb):
+    """As by model.to(device): packed copies know a weight by its view, and views keep what they look at."""
+    model, x = model_of(dtype=F32, last=True), image(dtype=F32, last=True)
+    own, base = layer(model), layer(model).base_layer
+    with settings.override(pack_mb=pack_mb):
+        for _ in range(2):
+            own(x).sum().backward()
+        assert len(conv._flat) == bool(pack_mb)
+        left = StorageWeakRef(base.weight.untyped_storage())
+        base.weight.data = base.weight.data.clone()
+        assert left.expired() == (not pack_mb)
+        own(x)
+        assert left.expired()
+        left = StorageWeakRef(base.weight.untyped_storage())
+        peft_fast.restore(model)
+        base.weight.data = base.weight.data.clone()
+        assert left.expired() and not conv._flat
+
+
+def test_packed_copies_know_a_weight_again():
+    model, x = model_of(dtype=F32, last=True), image(dtype=F32, last=True)
+    with settings.override(pack_mb=8):
+        packing.clear()
+        sizes = []
+        for _ in range(3):
+            layer(model)(x).sum().backward()
+            sizes.append(packing.used())
+        assert sizes[0] == sizes[1] == sizes[2] > 0
+        assert_fast(model, x, 1e-5)
+        layer(model).base_layer.weight.data.mul_(2)
+        assert_fast(model, x, 1e-5)
+        packing.clear()

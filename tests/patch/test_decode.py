@@ -1,6 +1,7 @@
 """Few tokens without gradients: one operator, PEFT's values, and never a state that has changed since."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from torch import nn
 
 import peft_fast
 from benchmarks.criterion import check
-from peft_fast import native, settings
+from peft_fast import native, ops, settings
 from peft_fast.ops.lora_decode import MOST
-from peft_fast.patch import decode, ledger, plan
+from peft_fast.patch import decode, guard, ledger, plan
 from tests.patch.toys import K, N, conv1d, inputs, layers, stock, toy
 
 pytestmark = pytest.mark.skipif(not native.load(), reason=f"the compiled operators: {native.reason()}")
@@ -106,9 +107,12 @@ def test_decoding_and_prefill_agree():
     torch.testing.assert_close(torch.cat([y for y, _ in parts]), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_few_tokens_only_and_no_gradients():
+@pytest.mark.parametrize("more", [MOST, 50])
+def test_few_tokens_only_and_no_gradients(monkeypatch, more):
+    monkeypatch.setitem(sys.modules["peft_fast.ops.lora_decode"].MORE, native.isa(), {torch.float32: more})
     model = toy().eval()
-    assert_stocks(model, inputs(MOST + 1, K).detach())
+    assert_stocks(model, inputs(more + 1, K).detach())
+    assert_decodes(model, inputs(more, K).detach())
     with settings.override(min_tokens=4):
         assert_decodes(model, inputs(3, K).detach())
         with torch.no_grad():
@@ -118,6 +122,27 @@ def test_few_tokens_only_and_no_gradients():
     with torch.inference_mode():
         y, taken = decoded(model, inputs(1, K).detach())
         assert taken == 2 and y.is_inference()
+
+
+def test_where_the_host_has_time_decoding_comes_after_the_plan(monkeypatch):
+    """As on a GPU: siblings, which a group would join, decode one by one."""
+    monkeypatch.setattr(decode, "LATE", ("cpu",))
+    monkeypatch.setattr(decode, "run", lambda layer, x: None)
+    model, calls = toy(lora_dropout=0.2).eval(), []
+    monkeypatch.setattr(guard, "lora_decode", lambda *a, **o: calls.append(1) or ops.lora_decode(*a, **o))
+    with settings.override(min_tokens=0):
+        x = inputs(3, K).detach()
+        with torch.no_grad():
+            with stock():
+                expected = model(x)
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+            assert len(calls) == 2
+            model(inputs(MOST + 1, K).detach())
+            with settings.override(exact=True):
+                model(x)
+            model.train()(x)
+        model.eval()(inputs(1, K))
+    assert len(calls) == 2
 
 
 def test_the_ledger_counts_them():

@@ -14,7 +14,6 @@ import peft_fast
 from benchmarks.gate import our_mask
 from peft_fast import ops, settings
 from peft_fast.patch import dora
-from tests.patch.test_embedding import TOKENS, ScaledByTensor, V, model_of
 from tests.patch.toys import (
     K,
     assert_fast,
@@ -126,16 +125,6 @@ def test_dtypes(base, wide, of_m, given, cast, rtol, layer):
             lora.lora_magnitude_vector.to(of_m)
     with torch.autocast("cpu", dtype=cast or BF16, enabled=cast is not None):
         assert_fast(model, inputs(dtype=given), rtol=rtol)
-
-
-def test_a_fresh_adapter_changes_nothing():
-    """m is the norm, B is zero: the output is the base's bit for bit, in every dtype that PEFT keeps m in."""
-    for dtype in (F32, BF16):
-        model = toy(nn.Linear, dtype, use_dora=True, init_lora_weights=True, autocast_adapter_dtype=False)
-        y = model(inputs(dtype=dtype))
-        with model.disable_adapter():
-            assert torch.equal(y, model(inputs(dtype=dtype))) or dtype is F32
-            torch.testing.assert_close(y, model(inputs(dtype=dtype)))
 
 
 def test_dropout_is_pefts_on_the_same_masks(monkeypatch):
@@ -313,7 +302,7 @@ def test_steps_follow_stocks():
 def test_pefts_cache_keeps_the_norm_as_long_as_pefts(monkeypatch):
     calls = itertools.count()
     monkeypatch.setattr(dora, "dora_norm", lambda *a, **k: (next(calls), ops.dora_norm(*a, **k))[1])
-    model, x = made().eval(), inputs().detach()
+    model, x = made().eval(), inputs(40, K).detach()  # fewer tokens have their norm from here at each call
     y = model(x)
     assert next(calls) == 0, "nobody asked for it"
     with DoraCaching():
@@ -362,45 +351,6 @@ def test_an_unknown_peft_is_pefts(monkeypatch):
     assert_fast(model, inputs())
 
 
-@pytest.mark.parametrize("kind", [nn.Embedding, ScaledByTensor])
-@pytest.mark.parametrize("ids", [TOKENS, TOKENS.int(), TOKENS[0, 0], TOKENS[:0]], ids=lambda t: str(t.shape))
-@pytest.mark.parametrize("padding_idx", [None, 0])
-def test_embedding(kind, ids, padding_idx):
-    model = trained(model_of(kind, padding_idx=padding_idx, config={"use_dora": True}))
-    embedding_is_fast(model, ids)
-    model.base_model.model.embed.base_layer.weight.requires_grad_()
-    embedding_is_fast(model, ids)
-    model.base_model.model.embed.base_layer.weight.data[5] *= 3
-    embedding_is_fast(model, ids)
-
-
-@pytest.mark.parametrize(
-    "base, low, rtol", [(torch.float64, torch.float64, 1e-12), (BF16, F32, 3e-2), (BF16, BF16, 4e-2)]
-)
-def test_embedding_dtypes(base, low, rtol):
-    embedding_is_fast(trained(model_of(dtype=base, low=low, config={"use_dora": True})), rtol=rtol)
-
-
-def test_embedding_states():
-    model = trained(model_of(config={"use_dora": True}))
-    assert peft_fast.report(model).slow == {}
-    with settings.override(min_tokens=1000):
-        embedding_is_fast(model)
-    model.merge_adapter()
-    assert list(both(model, TOKENS)[3]) == ["the adapter is merged into the base weight"]
-    model.unmerge_adapter()
-    embedding_is_fast(model)
-    model.add_adapter("other", LoraConfig(r=3, target_modules=["embed"], init_lora_weights=False))
-    model.base_model.set_adapter(["default", "other"])
-    assert list(both(model, TOKENS)[3]) == ["several active adapters, one of them DoRA"]
-
-
-def embedding_is_fast(model, ids=TOKENS, rtol=1e-5):
-    expected, got, fast, handed_back = both(model, ids)
-    assert (fast, handed_back) == (1, {})
-    assert_same(expected, got, rtol)
-
-
 @LINEAR
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_compiles_in_one_graph(layer, p):
@@ -437,7 +387,3 @@ class Three(nn.Module):
 
     def forward(self, x):
         return torch.tanh(self.q(x) + self.k(x) * self.v(x))
-
-
-def test_vocabulary_is_large_enough_for_these_tokens():
-    assert int(TOKENS.max()) < V

@@ -1,10 +1,10 @@
-"""peft_fast.merged: the same outputs inside, the same bits after, and nothing saved or refused by halves."""
+"""peft_fast.merged: the same outputs inside, the same bits after, and nothing refused by halves."""
 
 import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -280,6 +280,24 @@ def test_what_cannot_be_merged_is_refused_at_once():
     assert_refused(kasa, "KasaLinearVariant cannot be merged")
 
 
+class Tokens(Tied):
+    """What aLoRA looks at: a language model's ids."""
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        raise NotImplementedError
+
+
+def test_variants_that_depend_on_the_input_are_refused():
+    """An aLoRA adapter begins at a token, Arrow chooses among its adapters for each: neither is one weight."""
+    from peft import ArrowConfig, TaskType
+
+    kind = {"task_type": TaskType.CAUSAL_LM}
+    assert_refused(adapted(Tokens(), ["body"], alora_invocation_tokens=[1, 2], **kind), "ALoraLinearVariant cannot")
+    arrow = ArrowConfig(top_k=1)
+    arrow.task_adapter_names = ["one", "two"]
+    assert_refused(adapted(Toy(), ["up"], arrow_config=arrow), "ArrowLinearVariant cannot be merged")
+
+
 def test_layers_that_run_their_base_alone_stay():
     model, x = toy().eval(), inputs().detach()
     with model.disable_adapter():
@@ -289,40 +307,6 @@ def test_layers_that_run_their_base_alone_stay():
     model.unmerge_adapter()
     layers(model)[0].set_adapter([])
     assert_merges(model, x)
-
-
-def test_what_is_saved_inside_is_unmerged(tmp_path):
-    model = adapted(Tied(), ["embed", "head", "body"], torch.bfloat16)
-    state, adapter = model.state_dict(), get_peft_model_state_dict(model, save_embedding_layers=True)
-    model.save_pretrained(tmp_path / "before")
-    with peft_fast.merged(model):
-        assert not torch.equal(
-            model.base_model.model.body.base_layer.weight, state["base_model.model.body.base_layer.weight"]
-        )
-        for inside, outside in (
-            (model.state_dict(), state),
-            (get_peft_model_state_dict(model, save_embedding_layers=True), adapter),
-        ):
-            assert list(inside) == list(outside)
-            assert all(torch.equal(inside[key], outside[key]) for key in outside)
-        kept = model.state_dict(keep_vars=True)
-        model.save_pretrained(tmp_path / "inside")
-    assert kept["base_model.model.body.base_layer.weight"] is model.base_model.model.body.base_layer.weight
-    name = "adapter_model.safetensors"
-    assert (tmp_path / "inside" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
-
-
-def test_weights_cannot_be_loaded_inside_but_adapters_can():
-    model = toy().eval()
-    state = model.state_dict()
-    before = everything(model)
-    with peft_fast.merged(model):
-        with pytest.raises(UnsupportedError, match=r"state dict with .*weight"):
-            model.load_state_dict(state)
-        model.load_state_dict({k: v for k, v in state.items() if "lora_" in k}, strict=False)
-    tensors = everything(model)[0]
-    assert all(torch.equal(tensors[name][4], before[0][name][4]) for name in tensors)
-    model.load_state_dict(state)
 
 
 def test_training_goes_on_as_if_nothing_had_been():

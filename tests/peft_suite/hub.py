@@ -1,4 +1,4 @@
-"""Small random models in the layout of the Hugging Face cache, under the names that PEFT's tests ask the hub for."""
+"""Small random models and adapters in the layout of the Hugging Face cache, under the names that PEFT asks it for."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ MODELS = {
             f"{OWN}/tiny-random-gpt2",
             f"{OWN}/tiny-random-GPT2LMHeadModel",
             f"{HF}/tiny-random-gpt2",
+            "gpt2",
             "openai-community/gpt2",
         ),
         (CAUSAL, "gpt2", GPT),
@@ -76,7 +77,9 @@ MODELS = {
     ),
     f"{TRL}/tiny-GptOssForCausalLM": (CAUSAL, "gpt_oss", dict(EXPERTS, num_local_experts=4)),
     f"{TRL}/tiny-Llama4ForCausalLM": (CAUSAL, "llama4_text", dict(EXPERTS, num_local_experts=4, head_dim=8)),
-    **dict.fromkeys((f"{name}/tiny-random-BertModel" for name in (OWN, HF)), (BARE, "bert", ENCODER)),
+    **dict.fromkeys(
+        (*(f"{name}/tiny-random-BertModel" for name in (OWN, HF)), "bert-base-uncased"), (BARE, "bert", ENCODER)
+    ),
     f"{OWN}/tiny-random-BertForSequenceClassification": (CLASSIFIER, "bert", ENCODER),
     f"{OWN}/tiny-random-RobertaModel": (BARE, "roberta", ENCODER),
     f"{OWN}/tiny-random-RobertaForSequenceClassification": (CLASSIFIER, "roberta", ENCODER),
@@ -98,32 +101,61 @@ MODELS = {
         ("AutoModelForImageClassification", "resnet", RESNET),
     ),
 }
+# name of an adapter on the hub -> that of its model
+ADAPTERS = {
+    f"{OWN}/opt-125m-dummy-lora": f"{OWN}/opt-125m",
+    f"{OWN}/tiny-OPTForCausalLM-lora": f"{OWN}/tiny-random-OPTForCausalLM",
+    f"{OWN}/gpt2-lora-random": "gpt2",
+}
 
 
 def write(home: Path) -> list[str]:
-    """Writes the models into HF_HOME ``home``, those that are not there yet -> names that could not be made."""
+    """Writes models and adapters into HF_HOME ``home``, those that are not there yet -> what could not be made."""
     import torch
     import transformers
 
     failed = []
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    for name, (auto, kind, config) in MODELS.items():
+    for name in (*MODELS, *ADAPTERS):
         folder = home / "hub" / f"models--{name.replace('/', '--')}"
-        snapshot = folder / "snapshots" / COMMIT
         if (folder / "refs" / "main").exists():
             continue
         torch.manual_seed(0)
         try:
-            model = getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(kind, **config))
-            model.save_pretrained(snapshot)
-            _tokenizer().save_pretrained(snapshot)
+            _model(name, _snapshot(home, name)) if name in MODELS else _adapter(ADAPTERS[name], name, home)
         except Exception as error:  # another transformers may not have all of them
             failed.append(f"{name}: {type(error).__name__}: {error}")
             continue
         (folder / "refs").mkdir(exist_ok=True)
         (folder / "refs" / "main").write_text(COMMIT)
     return failed
+
+
+def _snapshot(home: Path, name: str) -> Path:
+    return home / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / COMMIT
+
+
+def _model(name: str, place: Path) -> None:
+    import transformers
+
+    auto, kind, config = MODELS[name]
+    model = getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(kind, **config))
+    model.save_pretrained(place)
+    if "Image" in auto:
+        transformers.ConvNextImageProcessor(size={"shortest_edge": 64}).save_pretrained(place)
+    else:
+        _tokenizer().save_pretrained(place)
+
+
+def _adapter(base: str, name: str, home: Path) -> None:
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    model = getattr(transformers, MODELS[base][0]).from_pretrained(_snapshot(home, base))
+    model = get_peft_model(model, LoraConfig(r=8, init_lora_weights=False))
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(_snapshot(home, name))
 
 
 def _tokenizer():

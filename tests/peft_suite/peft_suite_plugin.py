@@ -49,8 +49,17 @@ def pytest_configure(config):
     import tests.testing_utils
 
     tests.testing_utils._HUB_MODEL_ACCESSES = Everything()
+    tests.testing_utils.load_cat_image = _image
     if ON:
         import peft_fast.auto  # noqa: F401
+
+
+def _image():
+    """In place of a photograph on the hub, which one file loads while it is imported."""
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8))
 
 
 def pytest_collection_modifyitems(config, items):
