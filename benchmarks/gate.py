@@ -17,7 +17,10 @@ MOST_TOKENS = 512  # that float64 judges, the first and the last: it takes a GPU
 
 
 class Weights(NamedTuple):
-    """W (N,K), bias (N,) or None, A (r,K), B (N,r), or None without an adapter: detached, in one dtype."""
+    """W (N,K), bias (N,) or None, A (r,K), B (N,r), or None without an adapter, m (N,) with DoRA: detached.
+
+    All in one dtype, but m in its own, which is also what PEFT holds the norm in that m is divided by.
+    """
 
     W: Tensor
     bias: Tensor | None
@@ -25,6 +28,8 @@ class Weights(NamedTuple):
     B: Tensor | None
     scaling: float
     p: float
+    m: Tensor | None = None
+    norm_dtype: torch.dtype | None = None
 
 
 Formula = Callable[[Tensor, list[Weights], list[Tensor | None]], Sequence[Tensor]]
@@ -36,7 +41,8 @@ def weights(layer: nn.Module, dtype: torch.dtype) -> Weights:
     """The tensors of nn.Linear or Conv1D, or of a PEFT LoRA layer with one adapter on them, A and B in `dtype`."""
     base = getattr(layer, "base_layer", layer)
     W = base.weight.detach()
-    W = W if isinstance(base, nn.Linear) else W.T
+    # a convolution of size 1 is a linear layer; Conv1D of transformers lies the other way round
+    W = W.flatten(1) if isinstance(base, (nn.Linear, nn.Conv1d, nn.Conv2d)) else W.T
     bias = getattr(base, "bias", None)
     bias = None if bias is None else bias.detach()
     if base is layer:
@@ -44,14 +50,23 @@ def weights(layer: nn.Module, dtype: torch.dtype) -> Weights:
     (name,) = layer.active_adapters
     drop = layer.lora_dropout[name]
     p = drop.p if isinstance(drop, nn.Dropout) and layer.training else 0.0
-    A, B = (t.detach().to(dtype) for t in adapter(layer))
-    return Weights(W, bias, A, B, float(layer.scaling[name]), p)
+    A, B = (t.detach().to(dtype).flatten(1) for t in adapter(layer))
+    found = Weights(W, bias, A, B, float(layer.scaling[name]), p)
+    m = magnitude(layer)
+    return found if m is None else found._replace(m=m.detach(), norm_dtype=m.dtype)
 
 
 def adapter(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """A (r,K) and B (N,r) of a PEFT LoRA layer with one adapter, the parameters themselves."""
     (name,) = layer.active_adapters
     return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def magnitude(layer: nn.Module) -> Tensor | None:
+    """m (N,) of a PEFT LoRA layer with one adapter, the parameter itself; None where that is not DoRA."""
+    (name,) = layer.active_adapters
+    found = getattr(layer, "lora_magnitude_vector", {})
+    return found[name].weight if name in found else None
 
 
 def check_layer(
@@ -90,7 +105,8 @@ def check_op(
 
     ws = [weights(layer, x.dtype) for layer in layers]
     exact = [Weights(*(v.double() if isinstance(v, Tensor) else v for v in w)) for w in ws]
-    leaves = [t for layer, w in zip(layers, ws, strict=True) if w.A is not None for t in adapter(layer)]
+    adapted = [layer for layer, w in zip(layers, ws, strict=True) if w.A is not None]
+    leaves = [t for layer in adapted for t in (*adapter(layer), magnitude(layer)) if t is not None]
     found, before = [], fast_calls()
     few = _judged(x)
     draws = -(-ENOUGH // min(t.numel() for t in (x, *gs, *leaves)))
@@ -122,9 +138,9 @@ def one_layer(x: Tensor, ws: list[Weights], keeps: list[Tensor | None]) -> list[
     return [lora(x, ws[0], keeps[0])]
 
 
-def lora(x: Tensor, w: Weights, keep: Tensor | None) -> Tensor:
+def lora(x: Tensor, w: Weights, keep: Tensor | None, linear: Callable = F.linear) -> Tensor:
     """PEFT's own sequence of calls for one layer, in the dtype of its arguments."""
-    y = F.linear(x, w.W, w.bias)
+    y = linear(x, w.W, w.bias)
     if w.A is None:
         return y
     if keep is None:
@@ -134,14 +150,29 @@ def lora(x: Tensor, w: Weights, keep: Tensor | None) -> Tensor:
         dropped = (wide * keep * (1 / (1 - w.p))).to(x.dtype)
     else:  # and on the CPU: the scaled mask is rounded to the dtype, then multiplied
         dropped = x * keep.to(x.dtype).div(1 - w.p)
-    return y + F.linear(F.linear(dropped, w.A), w.B) * w.scaling
+    low = linear(linear(dropped, w.A), w.B)
+    if w.m is None:
+        return y + low * w.scaling
+    if keep is not None:
+        base = linear(dropped, w.W)
+    else:
+        base = y if w.bias is None else y - w.bias
+    norm = torch.linalg.norm(w.W + w.scaling * (w.B @ w.A).detach(), dim=1)
+    c = w.m / norm.to(w.norm_dtype).to(norm.dtype)
+    return (y + ((c - 1) * base + c * low * w.scaling)).to(y.dtype)
 
 
 def _names(ws: list[Weights], outputs: int) -> list[str]:
-    """y, dx, dA, dB; of several layers y0, y1, …"""
+    """y, dx, dA, dB, and dm with DoRA; of several layers y0, y1, …"""
     adapted = [i for i, w in enumerate(ws) if w.A is not None]
     number = [str(i) if len(ws) > 1 else "" for i in range(max(len(ws), outputs))]
-    return [*(f"y{number[i]}" for i in range(outputs)), "dx", *(f"d{t}{number[i]}" for i in adapted for t in "AB")]
+    trained = [f"d{name}{number[i]}" for i in adapted for name in _trained(ws[i])]
+    return [*(f"y{number[i]}" for i in range(outputs)), "dx", *trained]
+
+
+def _trained(w: Weights) -> str:
+    """The names of what trains."""
+    return "" if w.A is None else "AB" if w.m is None else "ABm"
 
 
 def _like_input(x: Tensor, w: Weights) -> Tensor:
@@ -180,8 +211,8 @@ def path(wanted: bool, fast: bool) -> Verdict:
 
 def _formula(formula: Formula, ws: list[Weights], x: Tensor, gs: list[Tensor], keeps: list) -> list[Tensor]:
     """The formula's y, dx, dA, dB, in the order of _results."""
-    ws = [w._replace(A=_leaf(w.A), B=_leaf(w.B)) if w.A is not None else w for w in ws]
-    leaves = [t for w in ws if w.A is not None for t in (w.A, w.B)]
+    ws = [w._replace(**{name: _leaf(getattr(w, name)) for name in _trained(w)}) for w in ws]
+    leaves = [getattr(w, name) for w in ws for name in _trained(w)]
     return _results(lambda x: formula(x, ws, keeps), x, leaves, gs)
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from peft_fast import settings
-from peft_fast.errors import DeviceError, fail
 
 from . import machine
 from .blocks import RANK
@@ -42,38 +41,38 @@ class Llama:
 
 
 LLAMAS = {"llama-1024": Llama(1024, 2816, 12), "llama-2048": Llama(2048, 5632, 8)}
+# no GPU machine has a network for certain, so nothing there is downloaded
+GPU_LLAMAS = {"llama-3-8b-like": Llama(4096, 14336, 8), "llama-1024": LLAMAS["llama-1024"]}
 TINY = Llama(128, 192, 2, 64)
 
 
 def names(device: str) -> tuple[str, ...]:
     """What --model takes on this device."""
-    return (SMOLLM2, *LLAMAS)
+    return (SMOLLM2, *LLAMAS) if device == "cpu" else tuple(GPU_LLAMAS)
 
 
 def cases(options: Options) -> list[Case]:
     """One row for each model and dtype."""
-    if options.device != "cpu":
-        fail(
-            DeviceError, f"--device {options.device}", "cpu, where few tokens have a path of their own", "leave it out"
-        )
-    dtypes = options.dtypes or (("bf16", "fp32") if options.scale == "full" else ("bf16",))
-    models = options.models or ((SMOLLM2, *LLAMAS) if options.scale == "full" else tuple(LLAMAS)[:1])
-    new, rows = NEW[options.scale], []
-    for name, dtype, threads in itertools.product(models, dtypes, options.threads or (machine.cores(),)):
-        title = f"{name} {new} tokens r={RANK} {dtype} threads={threads}"
+    gpu, new, rows = options.device != "cpu", NEW[options.scale], []
+    full = options.scale == "full"
+    dtypes = options.dtypes or (("bf16", "fp32") if full and not gpu else ("bf16",))
+    models = options.models or (names(options.device) if full else tuple(GPU_LLAMAS if gpu else LLAMAS)[:1])
+    threads = options.threads or (1 if gpu else machine.cores(),)
+    for name, dtype, t in itertools.product(models, dtypes, threads):
+        title = f"{name} {new} tokens r={RANK} {dtype}" + ("" if gpu else f" threads={t}")
         facts = {"model": name, "tokens": new, "prompt": PROMPT, "r": RANK, "dtype": dtype, "p": 0.0}
-        make = partial(providers, name, DTYPES[dtype], new, options.scale == "tiny")
-        rows.append(Case(title, facts, make, threads, seconds=90.0, baseline="merged"))
+        make = partial(providers, name, DTYPES[dtype], new, options.scale == "tiny", options.device)
+        rows.append(Case(title, facts, make, t, seconds=15.0 if gpu else 90.0, baseline="merged"))
     return rows
 
 
-def providers(name: str, dtype: torch.dtype, new: int, tiny: bool) -> list[Provider]:
+def providers(name: str, dtype: torch.dtype, new: int, tiny: bool, device: str = "cpu") -> list[Provider]:
     """merged, stock and peft_fast; the last also with adapters in the model's own dtype."""
     import peft_fast
 
     torch.manual_seed(0)
-    net = network(name, tiny).to(dtype).eval()
-    ids = torch.randint(1, net.config.vocab_size, (1, PROMPT))
+    net = network(name, tiny, device).to(dtype).eval()
+    ids = torch.randint(1, net.config.vocab_size, (1, PROMPT), device=device)
     stock = adapted(net)
     ours = copy.deepcopy(stock)
     with settings.override(quiet=True):
@@ -91,7 +90,7 @@ def providers(name: str, dtype: torch.dtype, new: int, tiny: bool) -> list[Provi
     return rows
 
 
-def network(name: str, tiny: bool) -> nn.Module:
+def network(name: str, tiny: bool, device: str = "cpu") -> nn.Module:
     """The model in float32, pretrained where that is what it is."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -99,13 +98,14 @@ def network(name: str, tiny: bool) -> nn.Module:
         from peft_fast.recipes import examples
 
         return AutoModelForCausalLM.from_pretrained(examples.path("example:smollm2", say=print), dtype=torch.float32)
-    m = TINY if tiny else LLAMAS[name]
+    m = TINY if tiny else (LLAMAS | GPU_LLAMAS)[name]
     heads = m.hidden // 64
     config = LlamaConfig(
         vocab_size=m.vocabulary, hidden_size=m.hidden, intermediate_size=m.inner, num_hidden_layers=m.layers,
         num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), tie_word_embeddings=True,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
+    with torch.device(device):
+        return LlamaForCausalLM(config)
 
 
 def adapted(net: nn.Module, fp32: bool = True) -> nn.Module:
@@ -159,7 +159,7 @@ def _layer_verdicts(ours: nn.Module, stock: nn.Module, dtype: torch.dtype) -> di
         A, B = adapter(slow)
         K, N = A.shape[1], B.shape[0]
         if (name := f"{K}→{N}") not in found:
-            x = torch.randn(PROMPT, K, generator=torch.Generator().manual_seed(K + N)).to(dtype)
+            x = torch.randn(PROMPT, K, generator=torch.Generator().manual_seed(K + N)).to(A.device, dtype)
             W = weights(slow, torch.float64)
             truth = x.double() @ W.W.double().T + W.scaling * (x.double() @ W.A.T @ W.B.T)
             truth = truth if W.bias is None else truth + W.bias.double()
@@ -173,7 +173,8 @@ def _lora(model: nn.Module) -> list[nn.Module]:
 
 def _provider(name: str, model: nn.Module, ids: Tensor, new: int, gate: Callable | None = None) -> Provider:
     kept = [*model.parameters(), *model.buffers()]
-    return Provider(name, {"generate": lambda: generated(model, ids, new)}, kept, gate)
+    # every token waits for the one before it: on a GPU there is no queue to fill
+    return Provider(name, {"generate": lambda: generated(model, ids, new)}, kept, gate, backlog=0.0)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -25,7 +25,7 @@ import torch
 from peft_fast.errors import DeviceError, PeftFastError, SettingsError, fail
 
 from . import harness, machine, plans, show, table, targets, watch
-from .steps import ENDS, LEAST_S, ROOT, TIMED, Step, steps, without
+from .steps import ENDS, LEAST_S, ROOT, TIMED, Step, no_figures, steps, without
 
 GRACE_S = {"plans": 5.0, "memcheck": 8.0, "racecheck": 8.0}  # before the end of the step, for what it is in
 ROW_S = 20.0  # for the row of a benchmark
@@ -40,11 +40,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything together")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, toy sizes")
+    parser.add_argument("--only", default="", metavar="STEPS", help="these alone, with commas: plans,contract")
     given = parser.parse_args(argv)
     start = time.monotonic()
     if not given.dry_run and not torch.cuda.is_available():
         do = "run `python -m peft_fast doctor`; PEFT_FAST_GPU_DRY_RUN=1 tries the script on the CPU"
         fail(DeviceError, "a machine where torch has no GPU", "a GPU to measure", do)
+    only = list(filter(None, given.only.split(",")))
+    if unknown := set(only) - set(ENDS):
+        do = "correct it or leave it out"
+        fail(SettingsError, f"--only {', '.join(sorted(unknown))}", f"of {', '.join(ENDS)}", do)
     header = machine.header(torch.device("cpu" if given.dry_run else "cuda"))
     stem = name(header, given.dry_run)
     gpu = None if given.dry_run else _uuid()
@@ -68,7 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     with log, watch.Watch(gpu) as clocks:
         for step in steps(given.out, stem, given.dry_run):
             broken = [plan for plan, found in record["plans"].items() if found["verdict"] == plans.BROKEN]
-            step = step._replace(command=[*step.command, *without(step, broken)])
+            step = step._replace(
+                command=[*step.command, *without(step, broken)], skip=step.skip or no_figures(step, broken)
+            )
+            if only and step.name not in only:
+                step = step._replace(skip="not asked for")
             record["steps"].append(_step(step, given.minutes * 60 * ENDS[step.name], start, log, clocks))
             _collect(given.out / f"{stem}-{step.name}.json", step.name, record)
             # after each step: a machine that is taken away leaves what was measured

@@ -1,6 +1,7 @@
 """The experts of a mixture, adapted by target_parameters: PEFT's lora.ParamWrapper against two products with adapters.
 
 A case is transformers' own module of experts with its routing given: gathering, both products, gate, weighted sum.
+Both stacks are adapted, or one beside the other, frozen one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .lora_linear import DTYPES, accelerate, draw_adapters, provider
 from .shapes import EXPERTS, GPU_EXPERTS, TINY_EXPERTS
 
 JUDGED = 8  # experts that float64 looks at: a copy of all would take four times the memory of what is timed
-TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
+TARGETS = {"-up": ["experts.gate_up_proj"], "-down": ["experts.down_proj"]}
 TOKENS = 128  # that it looks at
 
 
@@ -43,7 +44,7 @@ def cases(options: Options) -> list[Case]:
         words = f"{m} tokens, top {k} of {e}, {h} × {i}"
         facts = {"model": model, "M": m, "r": RANK, "dtype": dtype, "p": 0.0, "shape": words}
         title = f"{model} {words} r={RANK} {dtype}" + ("" if gpu else f" threads={t}")
-        make = partial(providers, shape, dtype, options)
+        make = partial(providers, shape, targets(model), dtype, options)
         rows.append(Case(title, facts, make, t, seconds=3.0 if gpu else 30.0))
     return rows
 
@@ -65,7 +66,13 @@ class Experts(nn.Module):
         return self.experts(x, chosen, weights)
 
 
-def providers(shape: tuple[int, ...], name: str, options: Options) -> list[Provider]:
+def targets(model: str) -> list[str]:
+    """The stacks that are adapted."""
+    both = [name for names in TARGETS.values() for name in names]
+    return next((names for end, names in TARGETS.items() if model.endswith(end)), both)
+
+
+def providers(shape: tuple[int, ...], adapted_to: list[str], name: str, options: Options) -> list[Provider]:
     """The frozen experts, stock PEFT and ours, adapters in fp32."""
     m, h, i, e, k = shape
     device, dtype = torch.device(options.device), DTYPES[name]
@@ -78,18 +85,18 @@ def providers(shape: tuple[int, ...], name: str, options: Options) -> list[Provi
     weights = weights.requires_grad_()
     g = torch.randn(m, h, device=device).to(dtype)
     rows = [_row("frozen", net, x, chosen, weights, g, None)]
-    stock, ours = adapted(net), adapted(net, fast=True)
+    stock, ours = adapted(net, adapted_to), adapted(net, adapted_to, fast=True)
     rows += [_row("stock", stock, x, chosen, weights, g, None)]
     rows += [_row("peft_fast", ours, x, chosen, weights, g, partial(_verdicts, stock, ours, x, g, k))]
     return rows
 
 
-def adapted(net: nn.Module, fast: bool = False) -> nn.Module:
-    """A copy of `net` around the same frozen weights, with PEFT's LoRA on both stacks."""
+def adapted(net: nn.Module, stacks: list[str], fast: bool = False) -> nn.Module:
+    """A copy of `net` around the same frozen weights, with PEFT's LoRA on these stacks."""
     from peft import LoraConfig, get_peft_model
 
     box = copy.deepcopy(net, {id(w): w for w in net.parameters()})
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[], target_parameters=TARGETS)
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[], target_parameters=stacks)
     model = get_peft_model(box, config)
     draw_adapters(model)
     if fast:
@@ -149,10 +156,13 @@ def _truth(net: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor, g: Tensor
     low = {n: (double(A), double(B), s) for n, (A, B, s) in adapters(net).items()}
 
     def product(z: Tensor, stack: str, e: int) -> Tensor:
+        W = getattr(base, stack)[e].double()
+        if stack not in low:
+            return z @ W.T
         A, B, s = low[stack]
         E = base.num_experts
         Ae, Be = A.view(E, -1, A.shape[1])[e], B.view(B.shape[0], -1, E)[:, :, e]
-        return z @ getattr(base, stack)[e].double().T + s * (z @ Ae.T) @ Be.T
+        return z @ W.T + s * (z @ Ae.T) @ Be.T
 
     y = torch.zeros_like(xd)
     for e in range(judged):

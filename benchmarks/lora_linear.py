@@ -136,20 +136,22 @@ def alone(rows: list[Provider]) -> list[Provider]:
     return [dataclasses.replace(row, optional=row.name != "frozen") for row in rows]
 
 
-def lora_layer(base: nn.Linear, r: int, p: float, fp32: bool, fast: bool = False) -> nn.Module:
+def lora_layer(base: nn.Linear, r: int, p: float, fp32: bool, fast: bool = False, dora: bool = False) -> nn.Module:
     """A PEFT lora.Linear around `base`; `fp32`, PEFT's default: adapters in float32 whatever the base is."""
     box = nn.Module()
     box.proj = base
-    return adapted(box, ["proj"], r, p, fp32, fast).proj
+    return adapted(box, ["proj"], r, p, fp32, fast, dora).proj
 
 
-def adapted(net: nn.Module, names: list[str], r: int, p: float, fp32: bool, fast: bool = False) -> nn.Module:
+def adapted(
+    net: nn.Module, names: list[str], r: int, p: float, fp32: bool, fast: bool = False, dora: bool = False
+) -> nn.Module:
     """A copy of `net` around the same frozen weights, with PEFT's LoRA on the layers of these names."""
     from peft import LoraConfig, get_peft_model
 
     # modules of its own: accelerate() marks modules
     box = copy.deepcopy(net, {id(w): w for w in net.parameters()})
-    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=names)
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=names, use_dora=dora)
     model = get_peft_model(box, config, autocast_adapter_dtype=fp32)
     draw_adapters(model)
     if fast:
@@ -158,11 +160,14 @@ def adapted(net: nn.Module, names: list[str], r: int, p: float, fp32: bool, fast
 
 
 def draw_adapters(model: nn.Module, seed: int = 1) -> None:
-    """Fills A and B with values of trained size that bf16 holds exactly: all providers start equal."""
+    """Fills A, B and DoRA's magnitudes with values of trained size that bf16 holds: all providers start equal."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, w in model.named_parameters():
-            if "lora_" in name:
+            if "lora_magnitude" in name:
+                w.mul_(1 + 0.1 * torch.randn(w.shape, generator=generator).to(w.device))
+                w.copy_(w.bfloat16())
+            elif "lora_" in name:
                 std = w.shape[1] ** -0.5 * (0.3 if "lora_B" in name else 1.0)
                 w.copy_((torch.randn(w.shape, generator=generator) * std).bfloat16())
 

@@ -88,9 +88,9 @@ def whole(name: str, options: Options) -> list[Provider]:
     stock, ours = (_adapted(copy.deepcopy(net), targets, fp32=True, fast=fast) for fast in (False, True))
     batch = [f"a{i}" for i in range(ADAPTERS)]
     return [
-        _provider("frozen", partial(net.generate, input_ids=ids, **length), net),
+        _provider("frozen", partial(net.generate, input_ids=ids, **length), net, waits=True),
         *(
-            _provider(title, partial(m.generate, input_ids=ids, adapter_names=batch, **length), m)
+            _provider(title, partial(m.generate, input_ids=ids, adapter_names=batch, **length), m, waits=True)
             for title, m in (("stock", stock), ("peft_fast", ours))
         ),
     ]
@@ -114,12 +114,15 @@ def _adapted(net: nn.Module, targets: list[str], fp32: bool, fast: bool) -> nn.M
     return model.eval()
 
 
-def _provider(name: str, run, module: nn.Module, verdicts=None) -> Provider:
+def _provider(name: str, run, module: nn.Module, verdicts=None, waits: bool = False) -> Provider:
+    """``waits``: for the device between its launches, so that no backlog hides the host's time."""
+
     def forward() -> Tensor:
         with torch.no_grad():
             return run()
 
-    return Provider(name, {"forward": forward}, [*module.parameters(), *module.buffers()], verdicts)
+    kept = [*module.parameters(), *module.buffers()]
+    return Provider(name, {"forward": forward}, kept, verdicts, **({"backlog": 0.0} if waits else {}))
 
 
 def _verdicts(layer: nn.Module, x: Tensor, run, fast: bool) -> dict[str, Verdict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 OPS = ("lora_group", "lora_mlp", "lora_embedding")  # beside lora_linear, each with a benchmark of its own
+ALONE = ("lora_experts", "dora_linear", "lora_mixed")  # the same, of ops that have one plan
 LAYER = "llama-3-8b-layer"  # of train_step
 SQUARE = (2048, 2048, 2048)  # M, K, N: the shape the project's CPU targets are stated for
 GPU_SQUARE = (8192, 4096, 4096)  # and the GPU ones, with r = 16
@@ -70,7 +71,19 @@ EMBEDDINGS = {
 }
 GPU_EMBEDDINGS = {"llama-3-8b": (8192, 128256, 4096, False), "gemma-3": (8192, 262144, 1152, True)}
 TINY_EMBEDDING = (48, 96, 64)
-# tokens, width, an expert's width, experts, of which a token sees so many
-EXPERTS = {"qwen3-30b-a3b": (512, 2048, 768, 128, 8), "mixtral-like": (512, 1024, 1792, 8, 2)}
+# tokens, width, an expert's width, experts, of which a token sees so many; -up, -down: that stack alone is adapted
+EXPERTS = {
+    "qwen3-30b-a3b": (512, 2048, 768, 128, 8),
+    "mixtral-like": (512, 1024, 1792, 8, 2),
+    "mixtral-like-up": (512, 1024, 1792, 8, 2),
+    "mixtral-like-down": (512, 1024, 1792, 8, 2),
+}
 GPU_EXPERTS = {"qwen3-30b-a3b": (8192, 2048, 768, 128, 8), "mixtral-8x7b": (8192, 4096, 14336, 8, 2)}
 TINY_EXPERTS = (48, 64, 32, 6, 2)
+# shapes of an image or a sequence, channels second, and the channels that a convolution of size 1 makes of it
+CONVS = {
+    "stable-diffusion-like": [((2, 320, 64, 64), 320), ((2, 640, 32, 32), 640)],
+    "resnet-50-like": [((8, 256, 28, 28), 512), ((8, 1024, 14, 14), 256)],
+    "conformer-like": [((8, 512, 200), 1024)],
+}
+TINY_CONV = ((2, 24, 6, 5), 40)

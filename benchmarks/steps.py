@@ -11,42 +11,60 @@ from typing import NamedTuple
 
 from peft_fast import build, native
 from peft_fast.backends import cuda
+from peft_fast.dispatch import UNPLANNED
 
 from . import machine, peers
-from .shapes import OPS
+from .shapes import ALONE, OPS
 
 ROOT = Path(__file__).resolve().parent.parent
-# Share of the budget after which each step must have ended; what one leaves, the next may use. `contract` is most of
-# the proof and has hundreds of kernels to compile, seconds each, among MOST_WORKERS processes; `ops` finds many of its
-# own in Triton's cache after that. `racecheck` has no share, only what `memcheck` leaves: where time is short it is the
-# first to go, since most races show as wrong values in the contract. The figures keep more than a third.
+# Share of the budget after which each step must have ended; what one leaves, the next may use. What is worth most comes
+# first: a machine may be taken away at any time. `contract` is most of the proof and has hundreds of kernels to
+# compile, seconds each, among MOST_WORKERS processes; `ops`, the rest of the tests, finds many of its own in Triton's
+# cache. `racecheck` has no share, only what `memcheck` leaves: most races show as wrong values in the contract. The
+# figures keep two fifths.
 ENDS = {
-    "build": 0.17,
-    "plans": 0.25,
-    "doctor": 0.28,
-    "gate": 0.31,
-    "contract": 0.52,
-    "ops": 0.57,
-    "memcheck": 0.6,
-    "racecheck": 0.6,
-    "tune": 0.66,
-    "lora_linear": 0.78,
-    "lora_group": 0.83,
-    "lora_mlp": 0.87,
-    "lora_embedding": 0.885,
-    "peers": 0.895,
-    "train_step": 0.985,
+    "build": 0.16,
+    "plans": 0.23,
+    "doctor": 0.255,
+    "gate": 0.28,
+    "contract": 0.49,
+    "tune": 0.545,
+    "lora_linear": 0.65,
+    "train_step": 0.74,
+    "lora_experts": 0.78,
+    "dora_linear": 0.81,
+    "lora_mixed": 0.835,
+    "generate": 0.865,
+    "lora_group": 0.89,
+    "lora_mlp": 0.91,
+    "lora_embedding": 0.92,
+    "quantized": 0.935,
+    "peers": 0.945,
+    "ops": 0.97,
+    "memcheck": 0.99,
+    "racecheck": 0.99,
 }
 LEAST_S = {"racecheck": 12.0}  # with less left it is not started
 # these take --minutes and end by themselves
-TIMED = ("plans", "gate", "memcheck", "racecheck", "tune", "lora_linear", *OPS, "peers", "train_step")
+TIMED = (
+    *("plans", "gate", "tune", "lora_linear", "train_step", *ALONE, "generate", *OPS, "quantized", "peers"),
+    *("memcheck", "racecheck"),
+)
+# the op whose kernels a benchmark needs, where it has not its name
+OP_OF = {"generate": "lora_decode", "quantized": "nf4"}
+# the numeric contract of every op: its first file is that of most of them
+CONTRACT = ("test_contract.py", "test_decode.py", "test_dora.py", "test_quantized.py")
+LIBRARIES = ("bitsandbytes", "torchao", "hqq")  # that make quantized weights
 UNSEEN = {"racecheck": ("cuda fused",)}  # it does not know what the hardware copies by itself
 # about the CPU alone: its instruction sets, the address of its packed weights, its clock
 CPU_TESTS = ("test_amx.py", "test_weights.py", "test_timing.py")
 # 60 to 74 kernels to compile for each of its parameters, one after another; the contract's table has the same options
 MANY_KERNELS = ("test_random.py",)
 # of the contract's table, for a dry run
-A_FEW = ("lora_linear-f32-rank_16", "lora_group-f32-two", "lora_mlp-f32-silu_gated", "lora_embedding-f32-gemma")
+A_FEW = (
+    *("lora_linear-f32-rank_16", "lora_group-f32-two", "lora_mlp-f32-silu_gated", "lora_embedding-f32-gemma"),
+    *("lora_experts-f32-plain", "lora_mixed-f32-decode", "dora_linear-f32-rank_1", "lora_decode-f32-lead_3"),
+)
 MOST_WORKERS = 14  # each has a context on the GPU
 
 
@@ -73,38 +91,55 @@ def steps(out: Path, stem: str, dry_run: bool) -> list[Step]:
     few = ["--dtype", "fp16", "--repeats", "2"] if dry_run else []
     once = ["--dropout", "0.05"] if dry_run else []
     half = ["--dtype", "fp16,fp32", "--dropout", "0.05", "--model", "square"]
-    others_ran = "test_contract.py", *CPU_TESTS, *MANY_KERNELS
+    others_ran = *CONTRACT, *CPU_TESTS, *MANY_KERNELS
     others = peers.installed()
     return [
         _build(dry_run),
         _plans(out / f"{stem}-plans.json", dry_run, interpreted),
         Step("doctor", ["-m", "peft_fast", "doctor"]),
         Step("gate", [*bench, "lora_linear", *sized, "--gate-only", *half]),
-        _tests("contract", ["tests/ops/test_contract.py"], dry_run, interpreted),
-        _tests("ops", ["tests/ops", *(f"--ignore=tests/ops/{name}" for name in others_ran)], dry_run),
-        _sanitizer("memcheck", dry_run, interpreted),
-        _sanitizer("racecheck", dry_run, interpreted),
+        _tests("contract", [f"tests/ops/{name}" for name in CONTRACT], dry_run, interpreted),
         _tune(out / f"{stem}-tune.json", interpreted, dry_run),
         Step("lora_linear", [*results("lora_linear", "lora_linear"), *few, *once], extra=interpreted),
+        Step("train_step", results("train_step", "train_step")),
+        *(Step(op, results(op, op)) for op in (*ALONE, "generate")),
         *(Step(op, [*results(op, op), *few, *once], extra=interpreted) for op in OPS),
+        _quantized(results("quantized", "quantized"), dry_run),
         Step(
             "peers",
             [*results("peers", "lora_linear"), "--peers", "--model", "square"],
             "" if others else f"none of {', '.join(peers.FUNCTIONS)} is installed",
         ),
-        Step("train_step", results("train_step", "train_step")),
+        _tests("ops", ["tests/ops", *(f"--ignore=tests/ops/{name}" for name in others_ran)], dry_run),
+        _sanitizer("memcheck", dry_run, interpreted),
+        _sanitizer("racecheck", dry_run, interpreted),
     ]
 
 
 def without(step: Step, broken: list[str]) -> list[str]:
-    """The end of a command line that leaves broken plans, "cuda fused", out of a step."""
+    """The end of a command line that leaves broken plans, "cuda fused", or ops, "triton nf4", out of a step."""
     broken = list(dict.fromkeys([*broken, *UNSEEN.get(step.name, ())]))
     if not broken:
         return []
     if step.name in ("contract", "ops"):
-        return ["-k", " and ".join(f"not {plan.replace(' ', '-')}" for plan in broken)]
+        # of a plan or an op, not of a test of both
+        words = (plan.split() for plan in broken)
+        return ["-k", " and ".join(f"not ({b} and {op})" if op in UNPLANNED else f"not {b}-{op}" for b, op in words)]
     named = ("gate", "memcheck", "racecheck", "lora_linear", *OPS, "peers")
     return ["--without", ",".join(broken)] if step.name in named else []
+
+
+def no_figures(step: Step, broken: list[str]) -> str:
+    """Why a benchmark is left out whole: it has one way to run, and that is broken."""
+    op = OP_OF.get(step.name, step.name)
+    found = [plan for plan in broken if plan.split()[-1] == op]
+    return f"its kernels are broken: {', '.join(found)}" if found else ""
+
+
+def _quantized(command: list[str], dry_run: bool) -> Step:
+    """The libraries' layers where there are libraries, else packed values alone."""
+    there = [name for name in LIBRARIES if importlib.util.find_spec(name)]
+    return Step("quantized", command if there and not dry_run else [*command, "--model", "nf4-op"])
 
 
 def _build(dry_run: bool) -> Step:

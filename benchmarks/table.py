@@ -55,6 +55,8 @@ def record(found: dict) -> str:
     parts += ["## One layer: forward / backward, multiples of the frozen layer's", lora_linear(runs, ALL)]
     for op, title in OPS.items():
         parts += [f"## {title}"] * any(run["bench"] == op for run in runs) + [_op(op, runs, ALL)]
+    for bench, title in SINGLE.items():
+        parts += [f"## {title}", single(bench, runs)] * any(run["bench"] == bench for run in runs)
     parts += ["## One training step: multiples of the frozen step", train_step(runs, ALL)]
     parts += ["\n".join(lines) for lines in (_clocks(found), _without_figures(found["runs"])) if lines]
     parts += ["## Steps", "\n".join(map(_cells, went))]
@@ -66,7 +68,7 @@ def _clocks(found: dict) -> list[str]:
     units = {"sm_mhz": ("MHz", "most_sm_mhz"), "watts": ("W", "most_watts"), "celsius": ("°C", "")}
     lines = []
     for step in found["steps"]:
-        if step["name"] not in ("lora_linear", *OPS, "train_step") or "clocks" not in step:
+        if step["name"] not in ("lora_linear", *OPS, *SINGLE, "train_step") or "clocks" not in step:
             continue
         parts = []
         for name, (unit, limit) in units.items():
@@ -120,6 +122,36 @@ OPS = {
     "lora_mlp": "An MLP block: forward / backward, multiples of the frozen block's",
     "lora_embedding": "An embedding: forward / backward, multiples of stock PEFT's",
 }
+
+
+# benchmarks that have one figure a provider
+SINGLE = {
+    "lora_experts": "The experts of a mixture: time, multiples of the frozen ones'",
+    "dora_linear": "DoRA: time, multiples of the frozen layer's",
+    "lora_mixed": "A batch of 16 adapters, inference: time, multiples of the frozen layer's",
+    "generate": "Generation with adapters on: time, multiples of merged weights'",
+    "quantized": "Quantized bases: time, multiples of the baseline's",
+}
+
+
+def single(bench: str, runs: list[dict]) -> str:
+    """Rows as they are titled. Figures: multiples of the baseline, speed-up, peak MiB."""
+    known = dict.fromkeys(n for run in _of(bench, runs) for row in run["rows"] for n in row.get("providers", ()))
+    titles = {name: ALL.get(name, name) for name in known}
+    return _section(bench, runs, _single_head, _single_row, titles)
+
+
+def _single_head(names: list[str]) -> list[str]:
+    return ["", *(_bold(n, n) for n in names), "speed-up over stock [95 %]", "peak MiB: stock → peft_fast"]
+
+
+def _single_row(row: dict, names: list[str]) -> list[str]:
+    found, sizes = row["providers"], row["bytes"]
+    ratios = [_bold(n, f"{found[n]['total']['ratio'][0]:.2f}") if n in found else "" for n in names]
+    speed = found.get("peft_fast", {}).get("total", {}).get("speedup")
+    speedup = f"**{speed[0]:.2f}×** [{speed[1]:.2f}, {speed[2]:.2f}]" if speed else ""
+    peaks = " → ".join(f"{sizes[n]['peak'] / 2**20:,.1f}" for n in ("stock", "peft_fast") if n in sizes)
+    return [row["title"] + ("" if row["aa"]["ok"] else " †"), *ratios, speedup, peaks]
 
 
 def _op(op: str, runs: list[dict], titles: dict[str, str] = TITLES) -> str:

@@ -27,7 +27,7 @@ RANK = 16
 # a whole network's rounding error is a draw of the same lottery as stock's, not the same ticket
 NETWORK_SLACK = 1.5
 SETTLING = 4  # steps: siblings are seen in the first, known in the second, a group in the third
-JUDGED = 512  # tokens of the one sequence that is
+JUDGED = 512  # tokens that are, of as many sequences as have them, one at the least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +43,18 @@ class Model:
     vocab: int
     batch: int
     length: int
+    dora: bool = False
 
 
 MODELS = {
     "bert-base-like": Model("bert", 768, 3072, 4, 12, 12, 8192, 4, 128),
     "gpt2-like": Model("gpt2", 768, 3072, 4, 12, 12, 8192, 4, 128),
     "llama-like": Model("llama", 1024, 2816, 4, 16, 8, 8192, 4, 128),
+}
+# by name only: with use_dora on every linear layer
+DORA_MODELS = {
+    "bert-base-dora": dataclasses.replace(MODELS["bert-base-like"], dora=True),
+    "llama-dora": dataclasses.replace(MODELS["llama-like"], dora=True),
 }
 GPU_MODELS = {
     # one layer of it, the head and the embedding cut to next to nothing
@@ -61,7 +67,7 @@ GPU_MODELS = {
 
 def names(device: str) -> tuple[str, ...]:
     """What --model takes on this device."""
-    return tuple(MODELS if device == "cpu" else GPU_MODELS)
+    return (*MODELS, *DORA_MODELS) if device == "cpu" else tuple(GPU_MODELS)
 
 
 def cases(options: Options) -> list[Case]:
@@ -72,10 +78,10 @@ def cases(options: Options) -> list[Case]:
     dtypes = options.dtypes or (("bf16", "fp32") if full and not gpu else ("bf16",))
     dropouts = options.dropouts or ((0.0, 0.05) if full else (0.05,))
     rows = []
-    chosen = options.models or names(options.device)
+    chosen = options.models or tuple(GPU_MODELS if gpu else MODELS)
     memory = _free_bytes() if gpu and full else math.inf
     for name, dtype, p, t in itertools.product(chosen, dtypes, dropouts, threads):
-        model = fitting(scaled({**MODELS, **GPU_MODELS}[name], options.scale), memory)
+        model = fitting(scaled({**MODELS, **DORA_MODELS, **GPU_MODELS}[name], options.scale), memory)
         rows.append(_case(name, model, dtype, p, t, options, seconds=90.0 if full and not gpu else 9.0))
     if gpu:  # each model once with dropout first: time may end anywhere
         rows.sort(key=lambda case: case.settings["p"] != dropouts[-1])
@@ -179,32 +185,35 @@ def providers(m: Model, dtype_name: str, p: float, device: torch.device) -> list
     rows = [_provider("frozen", frozen, batch)]
     rows += [_provider("full", full, batch)]
     stock = lora(base, m, p, fp32=True)
-    # float64 attention keeps length² numbers a head
-    one = {k: v[:1, :JUDGED] if v.dim() > 1 else v[:1] for k, v in batch.items()}
+    # float64 attention keeps length² numbers a head; a classifier has a logit or two a sequence
+    n = max(1, JUDGED // m.length)
+    few = {k: v[:n, :JUDGED] if v.dim() > 1 else v[:n] for k, v in batch.items()}
 
     @functools.cache
     def judges() -> tuple[dict, dict, dict]:
-        return one, results(copy.deepcopy(stock).double(), one), results(stock, one)
+        return few, results(copy.deepcopy(stock).double(), few), results(stock, few)
 
     rows += [_provider("stock", stock, batch)]
     rows += [_provider(f"stock {dtype_name}", lora(base, m, p, fp32=False), batch)] if low else []
-    for fp32, joined in ((True, True), (True, False), (False, True)) if low else ((True, True), (True, False)):
+    for fp32, joined in itertools.product((True, False) if low else (True,), (True, False)):
+        if not joined and (m.dora or not fp32):  # nothing joins layers with magnitudes
+            continue
         fast = lora(base, m, p, fp32)
         accelerate(fast)
         name = ("peft_fast" if fp32 else f"peft_fast {dtype_name}") if joined else "layer by layer"
-        gate = partial(verdicts, fast, batch, judges, dtype, joined)
+        gate = partial(verdicts, fast, batch, judges, dtype, joined and not m.dora)
         rows.append(_provider(name, fast, batch, gate if joined else _one_by_one(gate), joined))
     return rows if device.type == "cpu" else alone(rows)
 
 
 def lora(base: nn.Module, m: Model, p: float, fp32: bool) -> nn.Module:
-    """A copy of `base` with LoRA on every linear layer; `fp32` is PEFT's default dtype for adapters."""
+    """A copy of `base` with LoRA or DoRA on every linear layer; `fp32` is PEFT's default dtype for adapters."""
     from peft import LoraConfig, get_peft_model
 
     task = "SEQ_CLS" if m.family == "bert" else "CAUSAL_LM"
     config = LoraConfig(
         r=RANK, lora_alpha=2 * RANK, lora_dropout=p, target_modules="all-linear", task_type=task,
-        fan_in_fan_out=m.family == "gpt2",
+        fan_in_fan_out=m.family == "gpt2", use_dora=m.dora,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers, not the user's
@@ -283,17 +292,17 @@ def settle(model: nn.Module, batch: dict) -> int:
 def verdicts(
     model: nn.Module, batch: dict, judges: Callable, dtype: torch.dtype, joined: bool = True
 ) -> dict[str, Verdict]:
-    """Every kind of layer by the criterion with its dropout; then loss, logits and gradients of one sequence,
+    """Every kind of layer by the criterion with its dropout; then loss, logits and gradients of a few sequences,
 
-    dropout off, against `judges()`: the sequence, its float64 results and stock's. A model that is `joined` has to run
-    fewer ops than it has adapted layers, any other as many.
+    dropout off, against `judges()`: the sequences, their float64 results and stock's. A model that is `joined` has to
+    run fewer ops than it has adapted layers, any other as many.
     """
     found = layer_verdicts(model, dtype)
     layers, calls = sum(bool(getattr(m, "lora_A", None)) for m in model.modules()), settle(model, batch)
     right = calls < layers if joined else calls == layers
     found["path"] = Verdict(right, f"{layers} adapted layers ran as {calls} ops")
-    one, exact, stock = judges()
-    ours = results(model, one)
+    few, exact, stock = judges()
+    ours = results(model, few)
     eps = torch.finfo(dtype).eps
     for name in ("logits", "gradients"):
         e, e0 = (_relative(r[name], exact[name]) for r in (ours, stock))

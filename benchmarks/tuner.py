@@ -17,7 +17,9 @@ import torch
 
 LEAST_GAIN = 1.02  # less is noise
 # the most expensive kernels first: time may end anywhere
-ORDER = ("fused", "outer", "shrink_outer", "shrink", "expand")
+ORDER = ("fused", "outer", "shrink_outer", "shrink", "expand", "decode")
+WITHOUT_MASK = ("shrink_outer", "decode")
+DECODED = 4  # tokens: what a kernel for few of them is timed with
 LORA = "lora_linear"
 
 
@@ -92,8 +94,10 @@ def _tiles(job: Job, measure: Measure) -> Iterator[Question]:
     dtype = tiles.dtype_name(job.dtype)
     seen = set()
     for rank, p, op in itertools.product(job.ranks, job.ps, ORDER):
-        if op == "shrink_outer" and (p or rank > tiles.MOST_SHARED_RANK):
-            continue  # it has no mask, and past that rank the other kernels do its work
+        if op in WITHOUT_MASK and p:
+            continue
+        if op == "shrink_outer" and rank > tiles.MOST_SHARED_RANK:
+            continue  # past that rank the other kernels do its work
         shape = tiles.shape_class(op, job.tokens, *job.pairs[0], rank, p > 0)
         found = list(dict.fromkeys(tiles.candidates(op, shape, dtype, target().arch)))
         if (op, shape) in seen or len(found) == 1:
@@ -134,7 +138,7 @@ def _best(op: str, shape: str, dtype: str, found: list, calls: Sequence[Callable
 
 def kernel(op: str, K: int, N: int, r: int, p: float, job: Job) -> Callable[[dict], object]:
     """The launcher `op` on random tensors of a layer; what is returned takes overrides."""
-    from peft_fast.kernels import lora_linear, skinny
+    from peft_fast.kernels import lora_decode, lora_linear, skinny
 
     M, ranks, ps, one = job.tokens, (r,), (p,), (2.0,)
     seed = torch.zeros(1, dtype=torch.int64, device=job.device)
@@ -148,6 +152,8 @@ def kernel(op: str, K: int, N: int, r: int, p: float, job: Job) -> Callable[[dic
     if op == "expand":
         return partial(_call, lora_linear.expand, HD(), A(True), seed, ranks, ps, job.dtype)
     W = _draw(job, N, K)
+    if op == "decode":
+        return partial(_call, lora_decode.decode, _draw(job, DECODED, K), W, None, A(True), B(True), ranks, one, False)
     if p:  # only dx has the mask
         return partial(_call, lora_linear.fused, g(), W.t(), None, HD(), A(True).t(), seed, ranks, ps, job.dtype)
     return partial(_call, lora_linear.fused, x(), W, None, HD(), B(True), seed, ranks, ps, job.dtype)

@@ -36,6 +36,26 @@ def test_a_tiny_run_writes_a_document_and_a_picture(name, tmp_path, capsys):
     assert section([document]).count("\n| ") == 1 + len(document["rows"])
 
 
+def test_a_tiny_run_of_a_mixed_batch(tmp_path, capsys):
+    result = tmp_path / "out.json"
+    assert bench.app(["lora_mixed", "--tiny", "--threads", "1", "--repeats", "2", "--json", str(result)]) == 0
+    document = harness.read(result)
+    one, many, model = document["rows"]
+    assert not document["refused"] and "1 tokens" in one["title"] and "generate" in model["title"]
+    for row in (one, many):
+        assert set(row["providers"]) == {"frozen", *ADAPTED}
+        assert set(row["match"]) == ADAPTED and max(row["match"].values()) <= 1
+    assert set(model["providers"]) == {"frozen", "stock", "peft_fast"} and "A/A" in capsys.readouterr().out
+
+
+def test_a_tiny_run_of_quantized_values(tmp_path):
+    """Without a library: tests/quantized has the others'."""
+    result = tmp_path / "out.json"
+    assert bench.app(["quantized", "--tiny", "--model", "nf4-op", "--repeats", "1", "--json", str(result)]) == 0
+    for row in harness.read(result)["rows"]:
+        assert {"frozen", "peft_fast torch"} <= set(row["providers"]) and max(row["match"].values()) <= 1
+
+
 @pytest.mark.parametrize("name", ["lora_group", "lora_mlp"])
 def test_one_op_saves_fewer_bytes_than_layer_by_layer(name, tmp_path):
     result = tmp_path / "out.json"

@@ -1,12 +1,10 @@
 """`bench generate` on a toy model: what is compared, and what its gate refuses."""
 
-import pytest
 import torch
 
 from peft_fast import settings
 from peft_fast.benchmarks import generate, harness
 from peft_fast.cli import bench
-from peft_fast.errors import DeviceError
 from peft_fast.patch import decode
 
 
@@ -45,6 +43,10 @@ def test_the_gate_refuses_other_arithmetic_and_other_paths(monkeypatch):
     assert not found["logits"] and not any(found[name] for name in found if "→" in name)
 
 
-def test_it_is_for_the_cpu():
-    with pytest.raises(DeviceError, match="few tokens"):
-        generate.cases(harness.Options(device="cuda"))
+def test_a_gpu_generates_with_models_that_nobody_downloads():
+    rows = generate.cases(harness.Options(device="cuda"))
+    assert [(row.settings["model"], row.settings["dtype"]) for row in rows] == [
+        (n, "bf16") for n in generate.GPU_LLAMAS
+    ]
+    assert generate.SMOLLM2 not in generate.names("cuda") and generate.SMOLLM2 in generate.names("cpu")
+    assert {p.backlog for p in generate.providers("llama-1024", torch.float32, 2, True)} == {0.0}

@@ -1,6 +1,5 @@
-"""`gpu.sh` end to end on the CPU, and the parts of it that a machine without a GPU can hold to account."""
+"""`gpu.sh` without a GPU: its record, its clocks, and steps that fail, hang or break; the models that fit a card."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,69 +12,6 @@ from peft_fast.benchmarks import gpu, harness, lora_linear, machine, plans, sani
 from peft_fast.errors import DeviceError, SettingsError
 
 HEADER = {"gpu": {"name": "NVIDIA H200", "capability": "9.0"}, "date": "2026-01-31 10:00 UTC"}
-NAMES = list(steps.ENDS)
-TRITON = not machine.no_interpreter()
-
-
-@pytest.fixture(scope="module")
-def dry_run(tmp_path_factory, root):
-    """One dry run for all tests here: (finished process, folder)."""
-    out = tmp_path_factory.mktemp("gpu")
-    environment = {**os.environ, "PEFT_FAST_GPU_DRY_RUN": "1", "OUT": str(out), "PYTHON": sys.executable}
-    # the share of a step is that of a GPU: a slow CPU gets more than nine minutes
-    command = ["bash", str(root / "benchmarks" / "gpu.sh"), "--minutes", "30"]
-    return subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True), out
-
-
-def test_dry_run_leaves_a_record_a_page_a_log_and_pictures(dry_run, root):
-    done, out = dry_run
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
-    (path,) = out.glob("dry-run-*.json")
-    record = harness.read(path)
-    status = {step["name"]: step["status"] for step in record["steps"]}
-    assert list(status) == NAMES and "failed" not in status.values()
-    ran = {"plans", "doctor", "gate", "contract", "ops", "memcheck", "lora_linear", *shapes.OPS, "train_step"}
-    assert {name for name, word in status.items() if word == "ok"} >= ran
-    assert set(record["plans"]) and {found["verdict"] for found in record["plans"].values()} == {plans.RUNS}
-    assert all(row["settings"]["gated_tokens"] == row["settings"]["M"] for row in record["runs"][0]["rows"])
-    assert {target["verdict"] for target in record["targets"]} == {"not measured"}
-    notes = {step["name"]: step["note"] for step in record["steps"]}
-    assert all("passed" in notes[name] for name in ("contract", "ops")) and "unsloth" in notes["peers"]
-    assert int(notes["contract"].split()[0]) >= (3 if TRITON else 1) * len(steps.A_FEW)
-    assert [run["bench"] for run in record["runs"]] == ["lora_linear", *shapes.OPS, "train_step"]
-    assert all(run["rows"] and not run["refused"] for run in record["runs"])
-    assert path.with_suffix(".log").stat().st_size > 1000 and len(list(out.glob("*.png"))) == 5
-    page = path.with_suffix(".md").read_text()
-    assert "dry run" in page and "torch, augmented" in page and "| contract | ok |" in page
-    assert not any(str(root) in text or str(out) in text for text in (path.read_text(), page))
-    assert sorted(p.suffix for p in out.iterdir()) == [".json", ".log", ".md", *[".png"] * 5]
-
-
-def test_dry_run_shows_steps_and_targets(dry_run):
-    done, _ = dry_run
-    assert "never slower than stock: layers" in done.stdout and "not measured" in done.stdout
-    assert "missed" not in done.stdout and " met" not in done.stdout
-    assert "== tune" in done.stdout
-    if TRITON:
-        assert "tuned: " in done.stdout and "nothing was kept" in done.stdout
-
-
-@pytest.mark.skipif(not TRITON, reason=machine.no_interpreter())
-def test_what_was_tuned_comes_back_with_the_record(dry_run):
-    (path,) = dry_run[1].glob("*.json")
-    tuning = harness.read(path)["tuning"]
-    assert {"fused", "outer", "shrink", "lora_linear"} <= {entry["op"] for entry in tuning["entries"]}
-    assert not any(entry["refused"] for entry in tuning["entries"])
-
-
-def test_every_plan_is_measured_by_name(dry_run):
-    (path,) = dry_run[1].glob("*.json")
-    rows = harness.read(path)["runs"][0]["rows"]
-    named = {"peft_fast torch accumulate", "peft_fast torch augmented"}
-    named |= {"peft_fast triton accumulate", "peft_fast triton fused"} if TRITON else set()
-    for row in rows:
-        assert named <= set(row["providers"]) and named <= set(row["match"])
-        assert not row.get("left_out")
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
@@ -157,55 +93,6 @@ def test_the_record_is_named_after_the_card_and_the_day():
     assert json.dumps(gpu.name(HEADER, dry_run=True)) == '"dry-run-2026-01-31"'
 
 
-def on_a_gpu(tmp_path):
-    return {step.name: step for step in steps.steps(tmp_path, "stem", dry_run=False)}
-
-
-def test_commands_on_a_gpu(tmp_path, monkeypatch):
-    tool = tmp_path / "compute-sanitizer"
-    tool.touch()
-    monkeypatch.setattr(steps.shutil, "which", lambda name: str(tool) if name == "compute-sanitizer" else None)
-    found = on_a_gpu(tmp_path)
-    assert list(found) == NAMES and sorted(steps.ENDS.values()) == list(steps.ENDS.values())
-    assert steps.ENDS["train_step"] < 1 and set(steps.TIMED) <= set(NAMES)
-    assert found["build"].extra == {"PEFT_FAST_CUDA_ARCHS": "native"}
-    for name in ("contract", "ops"):
-        assert "--device cuda" in " ".join(found[name].command)
-    assert "--ignore=tests/ops/test_random.py" in found["ops"].command
-    for name in ("memcheck", "racecheck"):
-        assert found[name].command[:3] == [str(tool), "--tool", name]
-        assert found[name].command[-1] == "peft_fast.benchmarks.sanitize"
-    assert "--dry-run" not in found["tune"].command and "--tiny" not in found["lora_linear"].command
-    assert not any("TRITON_INTERPRET" in step.extra for step in found.values())
-
-
-@pytest.mark.parametrize("name, variable", [("contract", False), ("ops", True)])
-def test_the_contract_really_asks_for_the_gpu(tmp_path, root, name, variable):
-    """Without one it cannot even begin, by the option alone or with the variable: a run on the CPU would pass here."""
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    step = on_a_gpu(tmp_path)[name]
-    command = [word for word in step.command if word not in ("-n", str(min(steps.MOST_WORKERS, machine.cores())))]
-    environment = {**os.environ, **(step.extra if variable else {})}
-    few = [sys.executable, *command, "-k", "torch-accumulate-lora_linear-f32-rank_16 or manual_seed"]
-    done = subprocess.run(few, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode != 0 and "CUDA" in done.stdout, done.stdout[-2000:]
-
-
-def test_a_broken_plan_is_left_out_of_what_follows(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps.shutil, "which", lambda name: None)
-    ends = {name: steps.without(step, ["cuda fused", "triton fused"]) for name, step in on_a_gpu(tmp_path).items()}
-    assert ends["contract"] == ends["ops"] == ["-k", "not cuda-fused and not triton-fused"]
-    for name in ("gate", "lora_linear", *shapes.OPS, "peers", "memcheck", "racecheck"):
-        assert ends[name] == ["--without", "cuda fused,triton fused"]
-    assert steps.without(on_a_gpu(tmp_path)["racecheck"], []) == ["--without", "cuda fused"]
-    assert ends["build"] == ends["doctor"] == ends["train_step"] == []
-    live = lora_linear.live_plans("cpu")
-    assert set(live) - set(lora_linear.live_plans("cpu", ["torch augmented"])) == {("torch", "augmented")}
-
-
 def test_a_plan_that_breaks_its_process_breaks_nothing_else(tmp_path, monkeypatch, capsys):
     python = tmp_path / "python"
     acts = {"a": "kill -SEGV $$", "b": "echo ran", "c": "echo 'Error: a trap'; exit 1"}
@@ -248,112 +135,12 @@ def test_only_a_broken_plan_is_left_out(tmp_path, monkeypatch):
     assert ran[1].command == ["--without", plans.BROKEN]
 
 
-def test_the_plans_begin_with_what_is_large_and_measured(monkeypatch):
-    seen = []
-    monkeypatch.setattr(sanitize, "watched", lambda device, without: [("triton", "fused"), ("cuda", "fused")])
-    monkeypatch.setattr(sanitize, "once", lambda *call: seen.append(call) or "")
-    assert sanitize.main(["--plan", "cuda fused"]) == 0
-    large = len(sanitize.LARGE)
-    assert [call[4:9] for call in seen[:large]] == [tuple(size) for size in sanitize.LARGE]
-    assert {call[2] for call in seen[:large]} == {lora_linear.DTYPES["bf16"]}
-    assert {call[:2] for call in seen} == {("cuda", "fused")} and len(seen) == large + 2 * len(sanitize.CALLS)
-    assert {call[-1] for call in seen} == {"lora_linear"}  # the only op that cuda has
-
-
-def test_a_plan_is_tried_with_every_op_it_has(monkeypatch):
-    seen = []
-    monkeypatch.setattr(sanitize, "watched", lambda device, without: [("triton", "fused")])
-    monkeypatch.setattr(sanitize, "once", lambda *call: seen.append(call) or "")
-    assert sanitize.main(["--plan", "triton fused"]) == 0
-    assert {call[-1] for call in seen} == {"lora_linear", *shapes.OPS}
-    assert seen[len(sanitize.LARGE)][4:9] == sanitize.LARGE[-1] and seen[len(sanitize.LARGE)][-1] == "lora_group"
-
-
-@pytest.mark.parametrize("backend, waits", [("triton", 1), ("cuda", 2)])
-def test_a_plan_says_when_all_it_waits_for_is_the_device(monkeypatch, backend, waits):
-    """With kernels that are compiled at their first use, not before that."""
-    from peft_fast import ops
-
-    real, said = ops.lora_linear, []
-    monkeypatch.setattr(ops, "lora_linear", lambda *a, **o: real(*a, **{**o, "backend": "torch"}))
-    import torch
-
-    refusal = sanitize.once(backend, "accumulate", torch.bfloat16, "cpu", *sanitize.CALLS[0], said.append)
-    assert refusal == "" and said == [sanitize.WAITS] * waits
-
-
-def test_files_that_a_step_leaves_out_exist(root):
-    named = *steps.CPU_TESTS, *steps.MANY_KERNELS
-    assert all((root / "tests" / "ops" / name).is_file() for name in named)
-
-
 def test_where_time_is_short_racecheck_goes_first(tmp_path, capsys):
     assert steps.ENDS["racecheck"] == steps.ENDS["memcheck"]  # only what memcheck leaves
     begin = time.monotonic()
     with (tmp_path / "log").open("w") as log:
         found = [gpu._step(steps.Step(n, ["-c", ""]), 5.0, begin, log, watch.Watch(None)) for n in ("ops", "racecheck")]
     assert [step["status"] for step in found] == ["ok", "skipped"] and "no time" in found[1]["note"]
-
-
-def test_a_dry_run_builds_only_where_there_is_no_library(tmp_path, monkeypatch):
-    """And then without CUDA kernels; whatever is there, also what does not load, is not replaced."""
-
-    def build():
-        return steps.steps(tmp_path, "stem", dry_run=True)[0]
-
-    monkeypatch.setattr(steps.native, "load", lambda: True)
-    assert "replaces none" in build().skip
-    monkeypatch.setattr(steps.native, "load", lambda: False)
-    monkeypatch.setattr(steps.native, "LIBRARY", tmp_path / "lib.so")
-    assert not build().skip and build().extra == {"PEFT_FAST_CUDA_ARCHS": "none"}
-    (tmp_path / "lib.so").touch()
-    assert "replaces none" in build().skip
-
-
-@pytest.mark.parametrize(
-    "archs, native, sources, builds",
-    [
-        (("80", "90a"), ["90a"], "same", False),
-        (("80",), ["90a"], "same", True),
-        (("80", "90a"), ["90a"], "others", True),
-        (("80", "90a"), None, "same", True),
-    ],
-)
-def test_a_library_for_more_machines_is_not_replaced(tmp_path, monkeypatch, archs, native, sources, builds):
-    def shown():
-        if native is None:
-            raise steps.build.cuda.NoCuda("nvidia-smi shows no GPU")
-        return native
-
-    monkeypatch.setattr(steps.native, "load", lambda: True)
-    monkeypatch.setattr(steps.cuda, "archs", lambda: archs)
-    monkeypatch.setattr(steps.build.cuda, "native", shown)
-    monkeypatch.setattr(steps.build, "sources_hash", lambda: "same")
-    monkeypatch.setattr(steps.build, "read_info", lambda: {"sources_hash": sources})
-    assert bool(on_a_gpu(tmp_path)["build"].skip) is not builds
-
-
-def test_an_interpreter_that_is_not_to_be_relied_on_is_left_out_of_a_dry_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "_version", {"triton": "3.6.0", "numpy": "2.4.1"}.get)
-    assert "triton 3.6.0" in machine.no_interpreter()
-    found = {step.name: step for step in steps.steps(tmp_path, "stem", dry_run=True)}
-    assert not any("TRITON_INTERPRET" in step.extra for step in found.values())
-    assert "triton" not in found["contract"].command[-1]
-    if importlib.util.find_spec("triton"):
-        assert found["tune"].skip == machine.no_interpreter()
-    monkeypatch.setattr(machine, "_version", {"triton": "3.7.0", "numpy": "2.4.1"}.get)
-    assert machine.no_interpreter() == ""
-    monkeypatch.setattr(machine, "_version", {"triton": machine.ABSENT, "numpy": "2.4.1"}.get)
-    assert machine.no_interpreter() == "triton is not installed"
-
-
-def test_what_is_not_there_is_skipped_with_a_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps.shutil, "which", lambda name: None)
-    monkeypatch.setattr(steps, "_cuda_homes", list)
-    monkeypatch.setattr(steps, "ROOT", tmp_path)
-    skipped = {name: step.skip for name, step in on_a_gpu(tmp_path).items() if step.skip}
-    assert "compute-sanitizer is not installed" in skipped["memcheck"]
-    assert "clone" in skipped["contract"] and set(skipped) >= {"memcheck", "racecheck", "contract", "ops", "peers"}
 
 
 def test_a_python_without_torch_is_three_lines(root, tmp_path):
@@ -468,12 +255,3 @@ def test_too_large_a_model_is_tried_with_half_the_layers():
         case = case.smaller
     assert layers == [8, 4, 2, 1]
     assert train_step.cases(harness.Options())[0].smaller is None
-
-
-def test_the_sanitizers_subset_runs_every_plan(capsys):
-    assert sanitize.main(["--device", "cpu"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("torch accumulate") == out.count("torch augmented") == 2 * (len(sanitize.CALLS) + len(shapes.OPS))
-    assert sanitize.main(["--device", "cpu", "--minutes", "0"]) == 0
-    assert "the time ended after 0 of" in capsys.readouterr().out
-    assert "ran" in out and "Error" not in out

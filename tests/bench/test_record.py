@@ -33,12 +33,12 @@ def document(bench, *rows):
 @pytest.mark.parametrize(
     "rows, words",
     [
-        ([], "?? ??? ??? ?? ?"),
-        ([layer_row(1.05)], "++ +?? +?? ?? +"),
-        ([layer_row(1.05), layer_row(1.08, p=0.0)], "+- -?? +?? ?? +"),
-        ([layer_row(1.05), layer_row(1.2, M=512)], "++ -?? +?? ?? +"),
-        ([layer_row(1.05), layer_row(1.2, r=256)], "++ +?? +?? ?? +"),
-        ([layer_row(1.2, stock=1.1)], "-- -?? -?? ?? -"),
+        ([], "?? ??? ??? ????? ?? ?"),
+        ([layer_row(1.05)], "++ +?? +?? ????? ?? +"),
+        ([layer_row(1.05), layer_row(1.08, p=0.0)], "+- -?? +?? ????? ?? +"),
+        ([layer_row(1.05), layer_row(1.2, M=512)], "++ -?? +?? ????? ?? +"),
+        ([layer_row(1.05), layer_row(1.2, r=256)], "++ +?? +?? ????? ?? +"),
+        ([layer_row(1.2, stock=1.1)], "-- -?? -?? ????? ?? -"),
     ],
 )
 def test_targets(rows, words):
@@ -63,6 +63,31 @@ def test_targets_of_joined_layers(alone, words):
     for name in ("groups and blocks", "training steps"):
         assert (found[f"never slower than layer by layer: {name}"].word == "met") == (words == "++")
     assert "8 × 8 → 4 + 4 p=0.05" in found["never slower than layer by layer: groups and blocks"].found
+
+
+ALONE = {
+    "lora_experts": "times stock's speed: a mixture's experts",
+    "dora_linear": "times stock's speed: DoRA's layers",
+    "lora_mixed": "times stock's speed: 16 adapters in a batch",
+    "generate": "generation with adapters on / merged",
+}
+
+
+@pytest.mark.parametrize("ours, peak, met", [(0.5, 40, True), (1.2, 60, False)])
+def test_targets_of_ops_with_one_plan(ours, peak, met):
+    """Each against what was asked of it: four times or three times stock's speed, half its memory, merged's time."""
+    runs = []
+    for bench in ALONE:
+        row = layer_row(ours, stock=2.0)
+        row |= {"settings": {"model": "toy", "shape": "a shape", "p": 0.0}, "title": f"a row of {bench}"}
+        row["bytes"] = {name: {"saved": 0, "peak": size} for name, size in (("stock", 100), ("peft_fast", peak))}
+        runs.append(document(bench, row))
+    found = {target.name: target for target in targets.judge(runs)}
+    share = found["peak memory / stock's: a mixture's experts"]
+    assert {found[name].met for name in ALONE.values()} == {share.met} == {met}
+    assert "a shape" in share.found and found[ALONE["dora_linear"]].need == ">= 3.00"
+    page = table.single("lora_mixed", runs)
+    assert f"**{ours:.2f}**" in page and "speed-up over stock" in page and page.count("\n| ") == 2
 
 
 def test_toy_sizes_measure_nothing():
