@@ -112,7 +112,8 @@ def check_op(
     draws = -(-ENOUGH // min(t.numel() for t in (x, *gs, *leaves)))
     for draw in range(min(draws, MOST_DRAWS)):
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-            if draw:
+            if draw:  # the generator goes back after every draw: without a seed all would be the same
+                torch.manual_seed(MOST_DRAWS + draw)
                 x, gs = torch.randn_like(x), [torch.randn_like(g) for g in gs]
             gs = [_zero_but(g, few) for g in gs]
             torch.manual_seed(draw)

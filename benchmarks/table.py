@@ -124,25 +124,26 @@ OPS = {
 }
 
 
-# benchmarks that have one figure a provider
+# benchmarks that have one figure a provider, and more kinds of them than a page has room for
 SINGLE = {
     "lora_experts": "The experts of a mixture: time, multiples of the frozen ones'",
     "dora_linear": "DoRA: time, multiples of the frozen layer's",
     "lora_mixed": "A batch of 16 adapters, inference: time, multiples of the frozen layer's",
     "generate": "Generation with adapters on: time, multiples of merged weights'",
-    "quantized": "Quantized bases: time, multiples of the baseline's",
+    "quantized": "Quantized bases: time, multiples of the library's layer without an adapter",
+    "lora_conv": "Convolutions of size 1: time, multiples of the frozen one's",
 }
 
 
 def single(bench: str, runs: list[dict]) -> str:
     """Rows as they are titled. Figures: multiples of the baseline, speed-up, peak MiB."""
-    known = dict.fromkeys(n for run in _of(bench, runs) for row in run["rows"] for n in row.get("providers", ()))
-    titles = {name: ALL.get(name, name) for name in known}
-    return _section(bench, runs, _single_head, _single_row, titles)
+    rows = [row for run in _of(bench, runs) for row in run["rows"]]
+    known = dict.fromkeys(n for row in rows for n in row.get("providers", ()) if n != row["baseline"])
+    return _section(bench, runs, _single_head, _single_row, {name: ALL.get(name, _bold(name, name)) for name in known})
 
 
 def _single_head(names: list[str]) -> list[str]:
-    return ["", *(_bold(n, n) for n in names), "speed-up over stock [95 %]", "peak MiB: stock → peft_fast"]
+    return ["", *(ALL.get(n, _bold(n, n)) for n in names), "speed-up over stock [95 %]", "peak MiB: stock → peft_fast"]
 
 
 def _single_row(row: dict, names: list[str]) -> list[str]:
@@ -336,6 +337,7 @@ SECTIONS = {
     "smollm2": smollm2,
     "layer": lora_linear,
     **{op.removeprefix("lora_"): partial(_op, op) for op in OPS},
+    **{bench.removeprefix("lora_"): partial(single, bench) for bench in SINGLE},
 }
 
 

@@ -73,7 +73,7 @@ def test_every_plan_is_measured_by_name(quick):
 def test_a_step_that_is_not_there_cannot_be_asked_for(tmp_path):
     from peft_fast.benchmarks import gpu
 
-    with pytest.raises(SettingsError, match="(?s)--only contact\n.*contract, ops"):
+    with pytest.raises(SettingsError, match="(?s)--only contact\n.*contract, tune"):
         gpu.main(["--dry-run", "--out", str(tmp_path / "out"), "--only", "plans,contact"])
     assert not (tmp_path / "out").exists()
 

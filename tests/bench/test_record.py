@@ -80,6 +80,7 @@ def test_targets_of_ops_with_one_plan(ours, peak, met):
     for bench in ALONE:
         row = layer_row(ours, stock=2.0)
         row |= {"settings": {"model": "toy", "shape": "a shape", "p": 0.0}, "title": f"a row of {bench}"}
+        row["baseline"] = "frozen"
         row["bytes"] = {name: {"saved": 0, "peak": size} for name, size in (("stock", 100), ("peft_fast", peak))}
         runs.append(document(bench, row))
     found = {target.name: target for target in targets.judge(runs)}

@@ -144,18 +144,19 @@ def test_lora_quantized_is_lora_linear_on_the_dense_weight(provider, dtypes):
     if refusal := numerics.takes(provider, kinds):
         pytest.skip(refusal)
     torch.manual_seed(0)
-    W = Counted(packed((56, 72), nested=True, scale=72**-0.5))
-    x = torch.randn(3, 11, 72).to(kinds.x).requires_grad_()
-    A = (torch.randn(5, 72) / 8).to(kinds.adapter).requires_grad_()
-    B = torch.randn(56, 5).to(kinds.adapter).requires_grad_()
-    bias = torch.randn(56).to(kinds.compute).requires_grad_()
+    with numerics.DEVICE:
+        W = Counted(packed((56, 72), nested=True, scale=72**-0.5))
+        x = torch.randn(3, 11, 72).to(kinds.x).requires_grad_()
+        A = (torch.randn(5, 72) / 8).to(kinds.adapter).requires_grad_()
+        B = torch.randn(56, 5).to(kinds.adapter).requires_grad_()
+        bias = torch.randn(56).to(kinds.compute).requires_grad_()
     adapters = [Adapter(A, B, 2.0, 0.3), Adapter(A.detach() * 2, B, -0.5, 0.0, B.detach()[:, 0])]
     options = {"backend": provider.backend, "plan": provider.plan}
     found = []
     for run in (lora_quantized, lora_linear):
         torch.manual_seed(7)
         weight = W if run is lora_quantized else W.W.dense(kinds.compute)
-        with provider.active(), torch.autocast("cpu", kinds.compute, enabled=kinds.autocast is not None):
+        with provider.active(), torch.autocast(numerics.DEVICE.type, kinds.compute, enabled=kinds.autocast is not None):
             y = run(x, weight, bias, adapters, **options)
         g = torch.ones_like(y)
         with provider.active():
