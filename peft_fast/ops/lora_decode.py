@@ -17,6 +17,8 @@ from peft_fast.ops.spec import Adapter
 MOST = 32  # tokens from which on a product with packed operands is as fast
 # and where more were measured, by instruction set and dtype
 MORE = {"avx512_bf16": {torch.float32: 127, torch.bfloat16: 96}}
+# and fewer, in bfloat16: of a W (K, N), which is summed in float32, or of adapters that are as wide as a layer
+TURNED, WIDE = 8, (128, 16)
 
 backends = modules("lora_decode")
 
@@ -50,8 +52,10 @@ def lora_decode(
     return backends[name].forward(x.to(dtype), W.to(dtype), bias, numbered, transposed)
 
 
-def most(dtype: torch.dtype) -> int:
-    """Tokens up to which the compiled kernel pays on this machine."""
+def most(dtype: torch.dtype, transposed: bool = False, rank: int = 0) -> int:
+    """Tokens up to which the compiled kernel pays on this machine; ``rank`` is the adapters' of a token together."""
+    if dtype is torch.bfloat16 and (transposed or rank >= WIDE[0]):
+        return TURNED if transposed else WIDE[1]
     return MORE.get(native.isa(), {}).get(dtype, MOST)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_fast import settings
 from peft_fast.ops import Sibling, prepare
-from peft_fast.ops.lora_decode import MOST, kernel, most
+from peft_fast.ops.lora_decode import MOST, TURNED, kernel, most
 from peft_fast.patch import alike, ledger, plan
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -31,6 +31,8 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
         return None
     names = layer._active_adapter
     if (low := adapters(layer, (names,) if type(names) is str else names, W.dtype)) is None or not low[0]:
+        return None
+    if size > TURNED * K and size > most(x.dtype, transposed, sum(A.shape[0] for A in low[0])) * K:
         return None
     prepare.count_call()
     ledger.count(layer, None)

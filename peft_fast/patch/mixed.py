@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_fast.ops import Adapter, prepare
 from peft_fast.ops.checks import FLOATS
-from peft_fast.ops.lora_decode import MOST, kernel
+from peft_fast.ops.lora_decode import MOST, kernel, most
 from peft_fast.ops.lora_mixed import run
 from peft_fast.patch import decode, embedding, ledger, plan
 
@@ -58,7 +58,8 @@ def _common(layer: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor | None:
     W, bias, transposed = found
     if not batch.names or (low := decode.adapters(layer, batch.names, W.dtype)) is None:
         return None
-    if not batch.others and x.numel() <= MOST * K:
+    few = min(MOST, most(x.dtype, transposed, max(A.shape[0] for A in low[0])))
+    if not batch.others and x.numel() <= few * K:
         y = kernel()(x, W, bias, *low, transposed, batch.order, batch.counts)
     else:
         y = layer._modules["base_layer"](x)

@@ -11,7 +11,7 @@ from torch import nn
 import peft_fast
 from benchmarks.criterion import check
 from peft_fast import native, ops, settings
-from peft_fast.ops.lora_decode import MOST
+from peft_fast.ops.lora_decode import MOST, TURNED, WIDE, most
 from peft_fast.patch import decode, guard, ledger, plan
 from tests.patch.toys import K, N, conv1d, inputs, layers, stock, toy
 
@@ -73,7 +73,7 @@ def assert_stocks(model, x, calls=0):
 @pytest.mark.parametrize("autocast_adapters", [True, False])
 def test_values_are_pefts(base_dtype, layer, autocast_adapters):
     model = toy(layer, base_dtype, lora_dropout=0.1, autocast_adapter_dtype=autocast_adapters).eval()
-    for shape in ((K,), (1, K), (1, 1, K), (3, K), (2, 2, 2, K), (MOST, K), (0, K)):
+    for shape in ((K,), (1, K), (1, 1, K), (3, K), (2, 2, 2, K), (most(base_dtype, layer is conv1d), K), (0, K)):
         assert_decodes(model, inputs(*shape, dtype=base_dtype).detach())
     x = inputs(4, 2 * K, dtype=base_dtype).detach()[:, K:]
     assert_decodes(model, x) if layer is nn.Linear else assert_decodes(model, x.contiguous())
@@ -122,6 +122,23 @@ def test_few_tokens_only_and_no_gradients(monkeypatch, more):
     with torch.inference_mode():
         y, taken = decoded(model, inputs(1, K).detach())
         assert taken == 2 and y.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("layer", "dtype", "rank", "limit"),
+    [
+        (conv1d, torch.bfloat16, 8, TURNED),
+        (nn.Linear, torch.bfloat16, 8, MOST),
+        (nn.Linear, torch.bfloat16, WIDE[0], WIDE[1]),
+        (conv1d, torch.float32, 8, MOST),
+        (nn.Linear, torch.float32, WIDE[0], MOST),
+    ],
+)
+def test_fewer_in_bfloat16_of_a_turned_weight_or_of_wide_adapters(monkeypatch, layer, dtype, rank, limit):
+    monkeypatch.setattr(sys.modules["peft_fast.ops.lora_decode"], "MORE", {})
+    model = toy(layer, dtype, r=rank, fan_in_fan_out=layer is conv1d).eval()
+    assert_decodes(model, inputs(limit, K, dtype=dtype).detach())
+    assert_stocks(model, inputs(limit + 1, K, dtype=dtype).detach())
 
 
 def test_where_the_host_has_time_decoding_comes_after_the_plan(monkeypatch):
