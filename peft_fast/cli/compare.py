@@ -63,7 +63,8 @@ def show(results: list[dict[str, Any]], name: str | None) -> None:
     for head, body in (page.rows(results, name), page.options(results)):
         made = Table()
         for i, column in enumerate(head):
-            made.add_column(Text(column), justify="right" if i and head[0] == "run" else "left", overflow="fold")
+            side = "right" if i and head[0] == "run" else "left"
+            made.add_column(Text(column), justify=side, overflow="fold", no_wrap=column == "of rows")
         for row in body:
             made.add_row(*(Text(cell) for cell in row))
         if body and len(head) > 1:

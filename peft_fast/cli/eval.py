@@ -89,7 +89,7 @@ def app(args: list[str], prog_name: str = "peft-fast eval") -> int:
 
 
 def show(found: dict[str, Any], result: dict[str, Any]) -> None:
-    """The metrics beside those that the run ended with."""
+    """The metrics beside those that the run ended with, on the same split where it has them."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -97,8 +97,9 @@ def show(found: dict[str, Any], result: dict[str, Any]) -> None:
     from peft_fast.pages import words
 
     console = Console(highlight=False)
-    split = words.final(result)[0]
-    before = (result.get("final") or {}).get(split) or {}
+    final = result.get("final") or {}
+    split = found["split"] if final.get(found["split"]) else words.final(result)[0]
+    before = final.get(split) or {}
     table = Table(title=Text(f"{found['run']} on {found['data']}, {found['rows']:,} rows"), title_justify="left")
     for column in ("metric", "here", f"after training, {split} rows"):
         table.add_column(column, justify="left" if column == "metric" else "right")

@@ -61,12 +61,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _say(found: Any, table: Table, given: argparse.Namespace, prog: str) -> None:
-    from peft_fast.pages import words
+    from peft_fast.pages import search, words
 
     lines = []
     if found.best:
-        metric = words.metric(table.metric(found.best), found.best[table.metric(found.best)])
-        lines.append(f"best: trial {found.best['trial']}, {table.metric(found.best)} {metric}")
+        value = words.metric(found.metric, found.best[found.metric])
+        lines.append(f"best: trial {found.best['trial']}, {found.metric} {value}")
+        lines += search.remarks(found.trials, found.metric)
         lines.append(f"train it again: {program()} train {found.folder / 'best.yaml'}")
     else:
         lines.append("no trial was done: trials.csv says why each ended")
@@ -100,11 +101,6 @@ class Table:
         if self.live:
             with contextlib.suppress(Exception):
                 self.live.stop()
-
-    @staticmethod
-    def metric(row: dict[str, Any]) -> str:
-        """The name of what is searched for."""
-        return list(row)[2]
 
     def tell(self, event: str, facts: dict[str, Any]) -> None:
         """What `search` says."""

@@ -127,11 +127,13 @@ def _examples() -> None:
 
     table = Table(box=None, pad_edge=False)
     for head in ("name", "what", "for"):
-        table.add_column(head, no_wrap=head == "name")
+        table.add_column(head, no_wrap=head != "what", overflow="fold")  # names are there to be copied
     found: dict[str, Any] = examples.entries()
     for kind, has in (("data", True), ("models", False)):
         table.add_row(f"[bold]{kind}[/bold]", "", "")
         for name, entry in found.items():
             if (entry.splits is not None) == has:
-                table.add_row(f"example:{name}", entry.what, ", ".join(entry.tasks))
-    Console(highlight=False).print(table)
+                table.add_row(f"example:{name}", entry.what, "\n".join(entry.tasks))
+    console = Console(highlight=False)
+    console.width = max(80, console.width)  # below it the names themselves would be cut
+    console.print(table)

@@ -70,7 +70,7 @@ def lora_experts(
     x = x.to(W.dtype)
     if name == "reference" or (W.requires_grad and torch.is_grad_enabled()):
         y = _define(x, W, bias, adapters, routing, tokens, transposed)
-    elif name == "cpu" and _few(routing) and not _differentiable(x, bias, adapters):
+    elif name == "cpu" and not _differentiable(x, bias, adapters) and _few(routing):
         y = backends[name].decode(x, W, bias, adapters, routing, tokens, transposed)
     else:
         As = [a.A.reshape(W.shape[0], -1, x.shape[1]) for a in adapters]

@@ -37,7 +37,8 @@ def lines(
 ) -> str:
     """Curves over one another; a css class ending in "raw" is drawn faint, and what is not finite leaves a gap.
 
-    ``marks`` are upright lines with a word at the top, ``dots`` points with one beside them (css class, x, y, word).
+    ``marks`` are upright lines with a word at the top, ``dots`` points with one beside them (css class, x, y, word),
+    where no curve runs through it.
     """
     xs = [x for _, values, _ in series for x in values] + [x for x, _ in marks] + [x for _, x, _, _ in dots] or [0.0]
     ys = [y for _, _, values in series for y in values if math.isfinite(y)] + [y for _, _, y, _ in dots] or [0.0]
@@ -45,33 +46,56 @@ def lines(
     x0, x1, y0, y1 = min(xs), max(xs), y_ticks[0], y_ticks[-1]
     room = max(len(number(y)) for y in y_ticks)
     left, right, top, bottom = max(52, 14 + 8 * room), width - 14, 26 + 18 * bool(marks), height - 38
+    apart = 18 * any(text for *_, text in dots)  # above and below all curves, for a word beside a dot
 
     def px(x: float) -> float:
         return left + (x - x0) / ((x1 - x0) or 1) * (right - left)
 
     def py(y: float) -> float:
-        return bottom - (y - y0) / ((y1 - y0) or 1) * (bottom - top)
+        return bottom - apart - (y - y0) / ((y1 - y0) or 1) * (bottom - top - 2 * apart)
 
-    parts = []
+    parts, drawn = [], []
     for y in y_ticks:
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
         parts.append(_text(left - 8, py(y) + 4, number(y), "end"))
     parts += [_text(px(x), bottom + 18, number(x), "mid") for x in x_ticks if x0 <= x <= x1]
     for css, values, heights in series:
         for piece in _pieces(values, heights):
-            points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in piece)
+            drawn.append([(px(x), py(y)) for x, y in piece])
+            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn[-1])
             parts.append(f'<polyline class="curve {css}" points="{points}"/>')
             if len(piece) == 1:  # a line of one point shows nothing
                 parts.append(f'<circle class="dot {css}" cx="{px(piece[0][0]):.1f}" cy="{py(piece[0][1]):.1f}" r="3"/>')
     for css, x, y, text in dots:
         parts.append(f'<circle class="dot {css}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="{4.5 if text else 3}"/>')
-        if not text:
-            continue
-        late, high = px(x) > (left + right) / 2, py(y) > top + 24
-        parts.append(_text(px(x) + (-8 if late else 8), py(y) + (-9 if high else 20), text, "strong " + "end" * late))
+        if text:
+            parts.append(_text(*_beside(px(x), py(y), text, px(x) > (left + right) / 2, drawn)))
     parts += _upright(marks, px, (left, right), (top, bottom))
     parts += [_text(right, height - 4, x_label, "end"), _text(2, 12, y_label)]
     return _svg(parts, width, height, label)
+
+
+def _beside(
+    x: float, y: float, text: str, late: bool, curves: Sequence[Sequence[tuple[float, float]]]
+) -> tuple[float, float, str, str]:
+    """The place of a word above or below a dot, whichever fewer curves cross."""
+    x0 = x - 8 - 7.4 * len(text) if late else x + 8
+
+    def crossed(down: float) -> int:
+        box = (x0, x0 + 7.4 * len(text), y + down - 11, y + down + 3)
+        return sum(_meets(box, *ends) for curve in curves for ends in zip(curve, curve[1:], strict=False))
+
+    return x + (-8 if late else 8), y + min((-9, 20), key=crossed), text, "strong " + "end" * late
+
+
+def _meets(box: Sequence[float], one: tuple[float, float], two: tuple[float, float]) -> bool:
+    """Does a straight line between two points run through left, right, top, bottom?"""
+    (xa, ya), (xb, yb) = sorted((one, two))
+    x0, x1 = max(xa, box[0]), min(xb, box[1])
+    if x0 > x1:
+        return False
+    heights = [ya, yb] if xa == xb else [ya + (yb - ya) * (x - xa) / (xb - xa) for x in (x0, x1)]
+    return max(heights) >= box[2] and min(heights) <= box[3]
 
 
 def _heights(low: float, high: float) -> list[float]:

@@ -79,12 +79,12 @@ def _rows(result: Result, split: str, drawn: bool) -> str:
 
 
 def rows(results: Sequence[Result], asked: str | None = None) -> tuple[list[str], list[list[str]]]:
-    """(head, a row a run) of what came out, the best value marked with a star."""
+    """(head, a row a run) of what came out; the best value has a star if all are of the same rows."""
     name = metric(results, asked)
     scores = [score(result, name) for result in results]
     known = [value for value in scores if value is not None and math.isfinite(value)]
     higher = next((r.get("higher", True) for r in results if r.get("metric") == name), "loss" not in name)
-    best = (max if higher else min)(known) if known else None
+    best = (max if higher else min)(known) if known and _alike(results, name) else None
     body = []
     for title, result, value in zip(names(results), results, scores, strict=True):
         flow, memory = result.get("throughput") or {}, result.get("memory") or {}
@@ -101,6 +101,13 @@ def rows(results: Sequence[Result], asked: str | None = None) -> tuple[list[str]
             ]
         )
     return ["run", name, "of rows", "training", "memory", "trained", "speed"], body
+
+
+def _alike(results: Sequence[Result], name: str) -> bool:
+    """Are the values of a metric of one task and of the same rows?"""
+    drawn = all("drawn" in r for r in results)
+    kinds = {(r.get("task"), repr(_given(r, "data")), split(r, name), _held(r, drawn)) for r in results}
+    return len(kinds) == 1
 
 
 def options(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
@@ -171,11 +178,12 @@ def build(results: Sequence[Result], asked: str | None = None) -> str:
     key = charts.key([(f"line{i % 8}", title) for i, title in enumerate(titles)])
     whole = heading(results, name)
     parts = [f"<h1>{escape(whole)}</h1>"]
-    parts += [f'<p class="alert">{escape(text[:1].upper() + text[1:])}.</p>' for text in warnings(results)]
-    parts += [
-        table(head, body, numbers=(1, 3, 4, 5, 6)),
-        '<p class="soft">*: best.</p>',
-    ]
+    for text in warnings(results):
+        named = text.startswith(tuple(titles))  # a run's name stays as it is
+        parts.append(f'<p class="alert">{escape(text if named else text[:1].upper() + text[1:])}.</p>')
+    parts.append(table(head, body, numbers=(1, 3, 4, 5, 6)))
+    if any(row[1].endswith(" *") for row in body):
+        parts.append('<p class="soft">*: best.</p>')
     if differing(results):
         parts += ["<h2>Options that differ</h2>", table(*options(results))]
     parts.append("<h2>Curves</h2>")

@@ -113,10 +113,11 @@ def _code(text: str) -> str:
 def _cards(result: Result, split: str, name: str, value: float | None) -> str:
     before = _before(result, name)
     was = f"; before training {words.metric(name, before)}" if before is not None else ""
-    cards = [(words.metric(name, value), f"{name}, {split} rows{was}")]
     best = result.get("best") or {}
+    # an evaluation before training is of the validation rows, and stands beside figures of no others
+    cards = [(words.metric(name, value), f"{name}, {split} rows{was if split == 'validation' else ''}")]
     if split == "test" and best.get("value") is not None:
-        where = f"at step {best['step']:,}" if best.get("step") else "before training"
+        where = f"at step {best['step']:,}{was}" if best.get("step") else "before training"
         cards.append((words.metric(name, best["value"]), f"{name}, validation rows, best {where}"))
     train = (result.get("throughput") or {}).get("train_seconds")
     cards.append((words.seconds(train if train is not None else result.get("seconds")), "of training"))
@@ -226,14 +227,15 @@ def _evaluation(result: Result, name: str) -> list[str]:
 
 def _resources(result: Result) -> list[str]:
     unit = (result.get("throughput") or {}).get("unit", "rows")
+    held = (result.get("memory") or {}).get("before_bytes") or 0
     half = []
-    for entry, scale, word, text in (
-        ("per_second", 1, f"{unit}/s", "Throughput while it trained, padding not counted."),
-        ("memory_bytes", 2**20, "MiB", "Memory while it trained, what was held before the model in it."),
+    for entry, before, scale, word, text in (
+        ("per_second", 0, 1, f"{unit}/s", "Throughput while it trained, padding not counted."),
+        ("memory_bytes", held, 2**20, "MiB", "Memory while it trained, beyond what was held before the model."),
     ):
         xs, ys = _curve(result, entry)
         if any(map(math.isfinite, ys)):
-            drawn = [("line0" if scale == 1 else "line3", xs, [y / scale for y in ys])]
+            drawn = [("line0" if scale == 1 else "line3", xs, [max(y - before, 0.0) / scale for y in ys])]
             half.append(figure(charts.lines(drawn, "step", word, text, 230, True, charts.HALF), text))
     parts = [f'<div class="two">{"".join(half)}</div>'] if half else []
     return [*parts, *_memory(result)]

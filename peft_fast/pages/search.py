@@ -43,6 +43,7 @@ def build(rows: Sequence[Mapping[str, Any]], metric: str, higher: bool, pictures
         given = ", ".join(f"{name} {value}" for name, value in best["options"].items())
         body.append(f"<p>Best: trial {best['trial']}: {escape(given)}.</p>")
         body.append("<p>best.yaml trains it again as it is; its run is in its folder.</p>")
+    body += [f'<p class="alert">{escape(remark)}</p>' for remark in remarks(rows, metric)]
     if len(done) > 1:
         body += ["<h2>Course</h2>", _course(rows, metric, higher)]
     texts = {
@@ -72,6 +73,17 @@ def build(rows: Sequence[Mapping[str, Any]], metric: str, higher: bool, pictures
     if reasons := [(row["trial"], row["reason"]) for row in listed if row["reason"]]:
         body += ["<h2>Why trials ended early</h2>", table(("trial", "why"), reasons)]
     return document(title, body)
+
+
+def remarks(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
+    """What makes a best trial less than it seems."""
+    best, values = next((row for row in rows if row["best"]), None), [r[metric] for r in rows if r["state"] == "done"]
+    said = []
+    if best and best.get("unlearnt"):
+        said.append(f"No trial did better than the weights it began with: the best is the {metric} after training.")
+    if len(values) > 1 and len(set(values)) == 1:
+        said.append(f"All {len(values)} trials came to the same {metric}: nothing tells them apart.")
+    return said
 
 
 def _counts(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -37,7 +37,7 @@ class Rows(NamedTuple):
         """The same for the compiled kernels, where the values lie together."""
         if not self.values.is_contiguous() or not self.values.numel():
             return None
-        scales = self.scale.reshape(-1)
+        scales = self.scale.reshape(-1).contiguous()
         return Codes(self.values, scales, None, None, self.values.numel() // scales.numel())
 
 

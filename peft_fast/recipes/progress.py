@@ -49,8 +49,9 @@ class Screen:
 class Progress(TrainerCallback):
     """Step, loss, speed, memory, time left and the last evaluation."""
 
-    def __init__(self, screen: Screen, trainer: Any) -> None:
+    def __init__(self, screen: Screen, trainer: Any, held: int = 0) -> None:
         self.screen, self.trainer = screen, trainer
+        self.held = held  # bytes before the model was there: what is said is beyond them, as in the summary
         self.live: Any = None
         self.step = self.steps = 0
         self.epoch = 0.0
@@ -137,7 +138,7 @@ class Progress(TrainerCallback):
             (9, f"step {self.step:,}/{self.steps:,}"),
             (8, f"loss {words.plain(self.logged['loss'])}" if self.logged else ""),
             (7, f"{words.rate(speed)} {unit}/s" if speed is not None else ""),
-            (3, words.size(self.logged["memory_bytes"]) if "memory_bytes" in self.logged else ""),
+            (3, words.size(max(0, self.logged["memory_bytes"] - self.held)) if "memory_bytes" in self.logged else ""),
             (6, self.doing or (f"{clock_time(self.left())} left" if clock.steps else "")),
             (5, self.judged),
             (2, f"epoch {self.epoch:.2f}/{self.trainer.state.num_train_epochs:g}"),

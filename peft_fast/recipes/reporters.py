@@ -57,6 +57,15 @@ def closed(config: Config) -> Iterator[None]:
     try:
         yield
         failed = False
+    except Exception as error:
+        failed = not _pruned(error)
+        raise
     finally:
         if wandb.run is not None:
             wandb.finish(exit_code=int(failed))
+
+
+def _pruned(error: Exception) -> bool:
+    """Is it how a search ends a trial that is not worth going on with?"""
+    optuna = sys.modules.get("optuna")
+    return optuna is not None and isinstance(error, optuna.TrialPruned)

@@ -246,7 +246,7 @@ def _train(prepared: Prepared, record: records.Record, screen: Any, callbacks: S
     found = checkpoints.latest(saved, screen.say) if config.resume else None
     forecast = forecast_of(prepared)
     learner = trainer(prepared, saved, callbacks, resuming=found is not None)
-    progress = Progress(screen, learner)
+    progress = Progress(screen, learner, prepared.memory.before)
     stopper = Stopper(progress)
     for callback in (Logger(record), progress, stopper):
         learner.add_callback(callback)

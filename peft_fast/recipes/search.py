@@ -41,6 +41,7 @@ class Outcome:
     best: dict[str, Any] | None
     config: Config | None  # the best trial's
     stopped: bool = False
+    metric: str = ""
 
 
 def search(
@@ -238,7 +239,7 @@ class Search:
         try:
             if config is None:
                 raise trials.Failed(trial.user_attrs["invalid"])
-            value = twin.value if twin is not None else self.train(trial, config)
+            value = self.copy(trial, twin) if twin is not None else self.train(trial, config)
             state = optuna.trial.TrialState.COMPLETE
         except optuna.TrialPruned:
             state, reason = optuna.trial.TrialState.PRUNED, "worse than the median of the trials so far"
@@ -300,6 +301,11 @@ class Search:
                 return other
         return None
 
+    def copy(self, trial: Any, twin: Any) -> float:
+        """What an earlier trial of the same config came to."""
+        trial.set_user_attr("unlearnt", twin.user_attrs.get("unlearnt", False))
+        return twin.value
+
     def train(self, trial: Any, config: Config) -> float:
         """The best value on the validation rows."""
         from peft_fast.pages import words
@@ -311,7 +317,13 @@ class Search:
         made = run.train(config, callbacks=[watch], say=lambda text: None)
         if made.result["state"] != "done":
             raise KeyboardInterrupt
-        value = (made.result.get("best") or {}).get("value")
+        best = made.result.get("best") or {}
+        value = best.get("value")
+        if best.get("step") == 0:  # the value before training is no trial's own
+            trial.set_user_attr("unlearnt", True)
+            found = [one.get(self.metric) for one in made.result["evaluations"] if one["step"]]
+            after = [one for one in found if one is not None and math.isfinite(one)]
+            value = (max if self.higher else min)(after, default=math.nan)
         if value is None:
             value = made.result["final"].get("validation", {}).get(self.metric)
         trial.set_user_attr("seconds", made.result["seconds"])
@@ -335,7 +347,8 @@ class Search:
         rows, best = self.trials.rows(), self.trials.best()
         self.trials.write(ended=True)
         row = next((row for row in rows if row["best"]), None)
-        return Outcome(self.folder, self.study, rows, row, self.trials.config(best) if best else None, stopped)
+        config = self.trials.config(best) if best else None
+        return Outcome(self.folder, self.study, rows, row, config, stopped, self.metric)
 
 
 def free() -> None:

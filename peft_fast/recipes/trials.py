@@ -64,6 +64,7 @@ class Trials:
                 "seconds": trial.user_attrs.get("seconds"),
                 "memory_bytes": trial.user_attrs.get("memory"),
                 "best": best is not None and trial.number == best.number,
+                "unlearnt": trial.user_attrs.get("unlearnt", False),
                 "reason": trial.user_attrs.get("reason", ""),
                 "options": drawn(trial),
                 "folder": f"trials/{trial.user_attrs.get('folder')}",

@@ -152,7 +152,7 @@ def evaluate(folder: str | Path | Loaded, data: Any = None, split: str | None = 
     run = folder if isinstance(folder, Loaded) else load(folder, **options)
     began = time.perf_counter()
     with process.as_it_was(run.config), tempfile.TemporaryDirectory(prefix="peft_fast-eval-") as scratch:
-        rows, source = _rows(run, data, split)
+        rows, source, judged = _rows(run, data, split)
         features = run.task.encode(rows, "test")
         if not len(features):
             fail(DataError, f"{source}: no row is left after encoding", "rows that fit", "see the task's page")
@@ -167,6 +167,7 @@ def evaluate(folder: str | Path | Loaded, data: Any = None, split: str | None = 
         "run": run.result.get("name"),
         "task": run.config.task,
         "data": source,
+        "split": judged,
         "rows": len(rows),
         "metric": run.result.get("metric"),
         "metrics": results.figures(output.metrics, "eval_"),
@@ -176,12 +177,12 @@ def evaluate(folder: str | Path | Loaded, data: Any = None, split: str | None = 
     }
 
 
-def _rows(run: Loaded, given: Any, split: str | None) -> tuple[Any, str]:
-    """(rows, what they are called) to judge by; the run's own are divided and drawn as in training."""
+def _rows(run: Loaded, given: Any, split: str | None) -> tuple[Any, str, str | None]:
+    """(rows, what they are called, their split) to judge by; the run's own are divided and drawn as in training."""
     from peft_fast.recipes import data, result
 
     if given is not None and split is None:
-        return data.rows(given, run.task, need_truth=True), result.name_of(str(given))
+        return data.rows(given, run.task, need_truth=True), result.name_of(str(given)), None
     config = run.config if given is None else run.config.model_copy(update={"data": given, "subset": None})
     splits = data.read(config, run.task)
     wanted = split or ("test" if "test" in splits else "validation")
@@ -189,7 +190,7 @@ def _rows(run: Loaded, given: Any, split: str | None) -> tuple[Any, str]:
         fail(DataError, f"--split {wanted}", "one of " + ", ".join(splits), "pass one of these")
     if splits.problems and config.bad_rows == "stop":
         fail(DataError, data.listed(splits.problems), "rows that can all be used", data.SKIP)
-    return splits[wanted], f"{splits.sources[wanted]} ({wanted})"
+    return splits[wanted], f"{splits.sources[wanted]} ({wanted})", wanted
 
 
 # ---- asked for answers

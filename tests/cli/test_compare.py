@@ -80,6 +80,35 @@ def test_it_is_said_of_which_rows_a_value_is(folders, tmp_path, capsys):
     assert [run["of rows"] for run in saved["runs"]] == ["test", "validation"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task": "regression"},
+        {"config": {"data": "other.csv"}},
+        {"rows": {"train": 100, "test": 9}},
+        {"final": {"validation": {"accuracy": 0.9}}},
+    ],
+)
+def test_values_of_other_rows_have_no_best(changes):
+    stars = [row[1] for row in page.rows([result(), result("two", 0.9)])[1]]
+    assert stars == ["80.0 %", "90.0 % *"]
+    other = [result(), result("two", 0.9) | changes]
+    assert [row[1] for row in page.rows(other)[1]] == ["80.0 %", "90.0 %"] and "*: best" not in page.build(other)
+
+
+def test_a_runs_name_is_not_rewritten():
+    text = page.build([result("reviews"), result("two", task="x") | {"state": "stopped", "metric": "f1"}])
+    assert ">two was stopped" in text and ">Not the same metric" in text
+
+
+def test_a_split_is_one_word_on_a_narrow_screen(folders, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    held = [result(name, 0.7) | {"final": {"validation": {"accuracy": 0.7}}} for name in ("a-long-name-of-a-run", "b")]
+    assert compare.app([*folders(*held), "--no-files"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("validation") == 2 and max(map(len, shown.splitlines())) <= 80
+
+
 def test_the_picture_says_it_too(monkeypatch, tmp_path):
     from matplotlib.figure import Figure
 

@@ -27,6 +27,22 @@ def test_its_own_rows_without_data(finished):
     assert json.loads((finished / "eval.json").read_text())["data"] == "test.csv (test)"
 
 
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_split_stands_beside_the_figures_of_that_split(finished, split, capsys):
+    assert command.app([str(finished), "--split", split]) == 0
+    assert json.loads((finished / "eval.json").read_text())["split"] == split
+    assert f"after training, {split} rows" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_the_run_has_no_figures_of_stands_beside_its_last(capsys):
+    final = {"validation": {"accuracy": 0.25}, "test": {"accuracy": 0.75}}
+    for split in (None, "train"):
+        found = {"run": "r", "data": "d", "split": split, "rows": 3, "metric": "accuracy", "metrics": {"accuracy": 0.5}}
+        command.show(found, {"metric": "accuracy", "final": final})
+        text = capsys.readouterr().out
+        assert "test rows" in text and "75.0 %" in text and "25.0 %" not in text
+
+
 def test_columns_by_another_name(finished, tmp_path):
     (tmp_path / "rows.csv").write_text("review,stars\na lovely film,positive\nthe dull end,negative\n")
     given = [str(finished), "--data", str(tmp_path / "rows.csv"), "--output", str(tmp_path / "e.json")]

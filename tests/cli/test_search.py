@@ -19,8 +19,11 @@ def asked(monkeypatch, tmp_path):
             tell("began", facts)
             tell("judged", {"value": value, "step": 1, "steps": 2})
             tell("ended", facts | {"state": "complete", "value": value, "reason": ""})
-        row = {"trial": 1, "state": "done", "accuracy": 0.75}
-        return search.Outcome(tmp_path, None, [], None if seen.get("lost") else row, None, bool(seen.get("stop")))
+        row = {"trial": 1, "again": False, "state": "done", "accuracy": 0.75, "best": True}
+        row["unlearnt"] = seen.get("unlearnt", False)
+        rows = [row | {"trial": 0, "best": False, "accuracy": seen.get("other", 0.5)}, row]
+        best = None if seen.get("lost") else row
+        return search.Outcome(tmp_path, None, rows, best, None, bool(seen.get("stop")), "accuracy")
 
     monkeypatch.setattr(search, "search", stand_in)
     return seen
@@ -34,6 +37,14 @@ def test_options_of_the_search_and_of_train(asked, capsys):
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "trial 0  done  50.0 %  r=4" and shown[1].endswith("r=8")
     assert shown[2] == "best: trial 1, accuracy 75.0 %" and "best.yaml" in shown[3] and "report.html" in shown[4]
+
+
+def test_a_best_trial_that_is_none_is_said(asked, capsys):
+    asked.update(unlearnt=True, other=0.75)
+    assert command.app(["s.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert "No trial did better than the weights it began with" in shown
+    assert "All 2 trials came to the same accuracy" in shown
 
 
 def test_exit_statuses(asked, capsys):

@@ -142,13 +142,22 @@ def test_the_schema(capsys):
     assert set(schema["properties"]) == set(Config.model_fields) and "task" in schema["required"]
 
 
-def test_the_examples(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_the_examples(capsys, monkeypatch, width):
+    """Names of examples and of tasks can be copied at any width."""
+    monkeypatch.setenv("COLUMNS", str(width))
     assert train.app(["--examples"]) == 0
     text = capsys.readouterr().out
     from peft_fast.recipes import examples
 
-    assert all(f"example:{name}" in text for name in examples.entries())
+    found = examples.entries()
+    assert {f"example:{name}" for name in found} | set(TASKS) <= set(text.split()) and "…" not in text
+    assert max(map(len, text.splitlines())) <= max(width, 80)
+    at = text.splitlines()[0].index("for")
+    listed = [line[at:].strip() for line in text.splitlines()[1:] if line[at:].strip()]
+    assert listed == [
+        task for has in (True, False) for e in found.values() if (e.splits is not None) == has for task in e.tasks
+    ]
 
 
 class Done:

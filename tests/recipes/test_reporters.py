@@ -132,6 +132,17 @@ def test_one_that_fails_or_is_stopped_is_closed_too(learn, wandb, at_step, signa
     assert [told.exit_code for told in wandb.runs] == [1, 0] and wandb.run is None
 
 
+def test_a_trial_that_is_pruned_has_not_failed(learn, wandb, at_step):
+    optuna = pytest.importorskip("optuna")
+
+    def prune(model):
+        raise optuna.TrialPruned
+
+    with pytest.raises(optuna.TrialPruned):
+        learn([at_step(1, prune)], report_to=["wandb"])
+    assert [told.exit_code for told in wandb.runs] == [0] and wandb.run is None
+
+
 def test_without_report_to_nothing_is_told(learn, wandb):
     learn(steps=1)
     assert wandb.runs == []

@@ -243,6 +243,15 @@ def test_the_trainers_own_callbacks_are_told(learn, tmp_path):
     assert b"train/loss" in events.read_bytes() and b"eval/accuracy" in events.read_bytes()
 
 
+def test_the_line_says_memory_beyond_what_was_held_before(learn):
+    from peft_fast.pages import words
+
+    made = learn(steps=2)
+    line = next(line for line in made.said if "step 2/2" in line)
+    held = made.result["memory"]["before_bytes"]
+    assert held > 2**20 and words.size(max(0, made.result["log"][-1]["memory_bytes"] - held)) in line
+
+
 def test_an_unknown_reporter_is_said_before_training(learn):
     with pytest.raises(SettingsError, match="report_to"):
         learn(report_to=["nowhere"])

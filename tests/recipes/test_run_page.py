@@ -130,6 +130,34 @@ def test_the_page_shows_what_the_result_says():
     assert EVIL not in text and text.count("&lt;script&gt;") >= 8
 
 
+def cards(**more) -> list[str]:
+    return re.findall('<div class="card">(.*?)</div>', build(**more))
+
+
+def test_a_figure_from_before_training_stands_beside_its_own_rows():
+    test, validation, *_ = cards()
+    assert test == "<b>84.6 %</b>accuracy, test rows"
+    assert validation == "<b>85.7 %</b>accuracy, validation rows, best at step 20; before training 50.1 %"
+    alone = cards(final={"validation": {"accuracy": 0.857}})[0]
+    assert alone == "<b>85.7 %</b>accuracy, validation rows; before training 50.1 %"
+    none = cards(best={"step": 0, "value": 0.501})[1]
+    assert none == "<b>50.1 %</b>accuracy, validation rows, best before training"
+
+
+def test_memory_has_one_meaning_on_the_page():
+    """The curve ends where the card's figure is: 256 MiB beyond what was held before."""
+    drawing = re.search("<figure>((?!</figure>).)*Memory while it trained.*?</figure>", build(), re.S).group(0)
+    points = re.search('points="(.*?)"', drawing).group(1).split()
+    grid = {float(y): n for y, n in re.findall('class="grid"[^>]*y1="(.*?)"[^>]*/><text[^>]*>(.*?)<', drawing)}
+    low, high = max(grid), min(grid)
+    at = float(points[-1].partition(",")[2])
+    found = (low - at) / (low - high) * float(grid[high].replace(",", ""))
+    assert found == pytest.approx(256, abs=1) and "beyond what was held before the model" in drawing
+    log = [{"step": i, "epoch": 0.1, "loss": 0.5, "memory_bytes": None if i == 3 else 2**30} for i in range(1, 6)]
+    gap = re.search("<figure>((?!</figure>).)*Memory while it trained.*?</figure>", build(log=log), re.S).group(0)
+    assert gap.count("<polyline") == 2  # what was not measured is no zero
+
+
 def test_options_at_their_defaults_are_kept_apart():
     given, rest = run._changed({"task": "regression", "model": "m", "data": "d", "r": 16, "epochs": 7.0, "out": "x"})
     assert set(given) == {"task", "model", "data", "epochs", "out"} and rest == {"r": 16}
@@ -205,6 +233,24 @@ def test_the_file_is_written_whole(tmp_path):
 def test_gaps_break_a_curve_and_lone_points_are_dots():
     text = charts.lines([("a", [1, 2, 3, 4], [1.0, 2.0, math.nan, 1.0])], "x", "y", "l")
     assert text.count("<polyline") == 2 and text.count("<circle") == 1
+
+
+@pytest.mark.parametrize("ys", [(5, 4, 1), (1, 4, 5), (1, 5, 2), (5, 1, 4), (4, 1, 5), (3, 3, 3), (5, 5, 1)])
+@pytest.mark.parametrize("better", [max, min])
+def test_the_word_beside_the_best_point_is_on_no_curve(ys, better):
+    best = ys.index(better(ys))
+    dots = [("line0", float(best), float(ys[best]), "best 49.0 %")]
+    text = charts.lines([("line0", (0.0, 1.0, 2.0), ys)], "step", "accuracy", "l", 280, dots=dots)
+    (points,) = re.findall('points="(.*?)"', text)
+    curve = [tuple(map(float, point.split(","))) for point in points.split()]
+    css, x, y = re.search('<text class="(strong.*?)" x="(.*?)" y="(.*?)">best', text).groups()
+    x, y = float(x) - 81 * ("end" in css), float(y)
+    # many points of the curve, none of them within the word
+    for (xa, ya), (xb, yb) in zip(curve, curve[1:], strict=False):
+        for i in range(1001):
+            at = xa + (xb - xa) * i / 1000, ya + (yb - ya) * i / 1000
+            assert not (x < at[0] < x + 81 and y - 11 < at[1] < y + 3)
+    assert 12 + 3 <= y - 11 and y + 3 <= 280 - 38 + 18 - 11  # between the words above and the numbers below
 
 
 @pytest.mark.parametrize("value", [0.45, 0.4516, 0.0, -3.0, 1234.5])

@@ -101,6 +101,33 @@ def test_a_search_finds_the_best_and_leaves_it(monkeypatch, given, plots, tmp_pa
     assert page.count("data:image/png") == 2 and "best.yaml" in page
 
 
+def test_trials_that_end_where_they_began_have_their_own_values(monkeypatch, given, tmp_path):
+    """As the weights before training are the best of each, all would have their value."""
+    landscape = Landscape(monkeypatch)
+    train, kept = landscape.train, [True]
+
+    def diverging(config, callbacks=(), say=None):
+        made = train(config, callbacks)
+        value = made.result["best"]["value"]
+        if kept[0]:
+            made.result["best"] = {"value": 1.0, "step": 0}
+        evaluations = [(0, 1.0), (1, value - 1), (2, value), (3, math.nan)]
+        made.result["evaluations"] = [{"step": step, "accuracy": found} for step, found in evaluations]
+        return made
+
+    from peft_fast.recipes import run
+
+    monkeypatch.setattr(run, "train", diverging)
+    found = search.search(given, 3)
+    assert len({row["accuracy"] for row in found.trials}) == 3 and found.metric == "accuracy"
+    assert all(row["unlearnt"] for row in found.trials) and found.best["accuracy"] < 1
+    said = "No trial did better than the weights it began with"
+    assert said in (tmp_path / "search" / "report.html").read_text()
+    kept[0] = False
+    found = search.search(given, 6)
+    assert not any(row["unlearnt"] for row in found.trials[3:])
+
+
 def test_the_same_seed_is_the_same_search(monkeypatch, given, tmp_path):
     Landscape(monkeypatch)
     first = search.search(given, 3)

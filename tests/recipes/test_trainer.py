@@ -237,6 +237,14 @@ def test_the_line_says_the_most_important_first():
     assert "loss" in made.line(40) and "GiB" not in made.line(40)
 
 
+def test_the_lines_memory_is_what_the_summary_means():
+    made = progress()
+    made.held = 2**31 - 2**28
+    assert "  256.0 MiB  " in made.line(200) and "GiB" not in made.line(200)
+    made.held = 2**32  # given back since
+    assert "  0.0 MiB  " in made.line(200)
+
+
 def test_what_is_being_done_stands_where_the_time_left_was():
     made = progress()
     made.on_prediction_step(None, None, None, eval_dataloader=[1, 2, 3])

@@ -8,7 +8,7 @@ import torch
 def dequantize(W, dtype):
     """Packed -> (N, K) in ``dtype``, float32 or bfloat16."""
     data = W.data.reshape(-1).view(torch.uint8)
-    return torch.ops.peft_fast.nf4(data, scales(W), W.code, W.blocksize, *W.shape, dtype == torch.bfloat16)
+    return torch.ops.peft_fast.nf4(data, scales(W), W.code.contiguous(), W.blocksize, *W.shape, dtype == torch.bfloat16)
 
 
 def scales(W):
@@ -17,4 +17,4 @@ def scales(W):
     if W.nested is None:
         return absmax
     code, outer, offset, size = W.nested
-    return torch.ops.peft_fast.nf4_scales(absmax, code, outer, offset, size)
+    return torch.ops.peft_fast.nf4_scales(absmax, code.contiguous(), outer.contiguous(), offset, size)
