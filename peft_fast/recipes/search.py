@@ -321,8 +321,7 @@ class Search:
         value = best.get("value")
         if best.get("step") == 0:  # the value before training is no trial's own
             trial.set_user_attr("unlearnt", True)
-            found = [one.get(self.metric) for one in made.result["evaluations"] if one["step"]]
-            after = [one for one in found if one is not None and math.isfinite(one)]
+            after = self.study.trials[trial.number].intermediate_values.values()
             value = (max if self.higher else min)(after, default=math.nan)
         if value is None:
             value = made.result["final"].get("validation", {}).get(self.metric)

@@ -108,11 +108,8 @@ def test_trials_that_end_where_they_began_have_their_own_values(monkeypatch, giv
 
     def diverging(config, callbacks=(), say=None):
         made = train(config, callbacks)
-        value = made.result["best"]["value"]
         if kept[0]:
             made.result["best"] = {"value": 1.0, "step": 0}
-        evaluations = [(0, 1.0), (1, value - 1), (2, value), (3, math.nan)]
-        made.result["evaluations"] = [{"step": step, "accuracy": found} for step, found in evaluations]
         return made
 
     from peft_fast.recipes import run

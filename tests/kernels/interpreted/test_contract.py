@@ -79,22 +79,10 @@ ROWS = [
     for case in CASES
     if case.name in IN_ALL or dtypes in ("f32", "bf16_f32_adapters")
 ]
-pytestmark = pytest.mark.parametrize("provider", PROVIDERS, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch):
-    # few draws: the criterion knows how much less a small sample tells
-    monkeypatch.setattr(numerics, "MOST_DRAWS", 2)
-    with numerics.poisoned():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_call_left_to_torch(monkeypatch):
-    monkeypatch.setattr(lora_linear.guarded, "failed", {})
-    yield
-    assert not lora_linear.failures()
+pytestmark = [
+    pytest.mark.parametrize("provider", PROVIDERS, ids=str),
+    pytest.mark.usefixtures("poisoned_memory", "no_call_left_to_torch"),
+]
 
 
 @pytest.mark.parametrize(("case", "dtypes"), ROWS)

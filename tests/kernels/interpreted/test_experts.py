@@ -6,7 +6,6 @@ from peft import LoraConfig, get_peft_model
 
 import peft_fast
 from peft_fast import ops, settings
-from peft_fast.backends.triton import lora_linear
 from peft_fast.kernels import device, gemm, lora_experts
 from peft_fast.ops import Adapter
 from peft_fast.ops.spec import Routing
@@ -34,21 +33,7 @@ ROWS = [
     if case.name in names.split()
 ]
 MODULES = [device, gemm, lora_experts]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch):
-    # few draws: the criterion knows how much less a small sample tells
-    monkeypatch.setattr(numerics, "MOST_DRAWS", 2)
-    with numerics.poisoned():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_call_left_to_torch(monkeypatch):
-    monkeypatch.setattr(lora_linear.guarded, "failed", {})
-    yield
-    assert not lora_linear.failures()
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "no_call_left_to_torch")
 
 
 def test_every_case_that_is_named_is_run():

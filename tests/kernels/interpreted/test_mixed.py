@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from peft_fast import ops
-from peft_fast.backends.triton import lora_linear
 from peft_fast.kernels import device, lora_mixed, split
 from tests import cases_lora_mixed, numerics
 from tests.kernels.interpreted.addresses import addresses
@@ -26,21 +25,7 @@ ROWS = [
     if case.name in names.split()
 ]
 MANY = (1 << 23) + 3
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch):
-    # few draws: the criterion knows how much less a small sample tells
-    monkeypatch.setattr(numerics, "MOST_DRAWS", 2)
-    with numerics.poisoned():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_call_left_to_torch(monkeypatch):
-    monkeypatch.setattr(lora_linear.guarded, "failed", {})
-    yield
-    assert not lora_linear.failures()
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "no_call_left_to_torch")
 
 
 def test_every_name_is_a_case():

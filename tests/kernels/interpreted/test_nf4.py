@@ -6,24 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peft_fast.backends.triton import lora_linear
 from peft_fast.backends.triton import nf4 as backend
 from peft_fast.kernels import nf4 as kernels
 from peft_fast.ops import Adapter, lora_quantized, nf4
-from tests import numerics
 from tests.kernels.interpreted.addresses import addresses
 from tests.kernels.launches import empty
 from tests.nf4_writer import FP4, NF4, write
 
 SHAPES = [(1, 1), (3, 7), (40, 333), (64, 128)]
-
-
-@pytest.fixture(autouse=True)
-def _no_call_left_to_torch(monkeypatch):
-    monkeypatch.setattr(lora_linear.guarded, "failed", {})
-    with numerics.poisoned():
-        yield
-    assert not lora_linear.failures()
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "no_call_left_to_torch")
 
 
 def weights(shape):

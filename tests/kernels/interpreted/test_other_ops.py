@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from peft_fast import ops
-from peft_fast.backends.triton import lora_linear
 from tests import (
     cases_dora_linear,
     cases_lora_decode,
@@ -93,21 +92,7 @@ EMPTY = [
     for case in table.EMPTY
     for provider in PROVIDERS[op]
 ]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch):
-    # few draws: the criterion knows how much less a small sample tells
-    monkeypatch.setattr(numerics, "MOST_DRAWS", 2)
-    with numerics.poisoned():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_call_left_to_torch(monkeypatch):
-    monkeypatch.setattr(lora_linear.guarded, "failed", {})
-    yield
-    assert not lora_linear.failures()
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "no_call_left_to_torch")
 
 
 @pytest.mark.parametrize(("provider", "case", "dtypes"), ROWS)
