@@ -78,7 +78,7 @@ STABLE_TORCH_LIBRARY(peft_fast, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("pack_weight(Tensor w, bool transposed, bool for_dx, bool like_bf16) -> Tensor");
   m.def("weight_digest(Tensor w) -> int");
-  m.def("dropout_mask(Tensor seed, int M, int K, float p) -> Tensor");
+  m.def("dropout_mask(Tensor seed, SymInt M, SymInt K, float p) -> Tensor");
   m.def("set_isa(str name) -> str");
   m.def("isa() -> str");
   // on a GPU, the skinny products and the base GEMM: cuda/operators.cpp, cuda/gemm.cpp

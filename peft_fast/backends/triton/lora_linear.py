@@ -178,7 +178,7 @@ def _dense(grad):
 register("triton", _forward_op, _backward_op)
 define(
     "triton_dropout_mask",
-    "(Tensor seed, int M, int K, float p) -> Tensor",
+    "(Tensor seed, SymInt M, SymInt K, float p) -> Tensor",
     run_mask,
     lambda seed, M, K, p: seed.new_empty(M, K, dtype=torch.bool),
 )
