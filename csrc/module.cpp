@@ -1,6 +1,8 @@
 // peft_fast._C: what is not a tensor operator. It links no torch, so that it tells about a machine torch fails on.
 #include <pybind11/pybind11.h>
 
+#include "adapters.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -34,7 +36,8 @@ static py::dict build_info() {
 }
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "What the processor has, and what the extension was built with.";
+  m.doc() = "What the processor has, what the extension was built with, and what a layer's adapters are.";
   m.def("capabilities", &capabilities, "Instruction sets of this processor: name -> bool.");
+  m.def("adapters", &peft_fast::adapters::common, "What a layer's adapters are, in the common case; else None.");
   m.def("build_info", &build_info, "Compiler and versions of this build.");
 }

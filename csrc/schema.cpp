@@ -1,6 +1,7 @@
 // The one list of torch operators, through LibTorch's stable ABI.
 #include "cpu/decode.h"
 #include "cpu/dora_linear.h"
+#include "cpu/dora_norm.h"
 #include "cpu/lora_embedding.h"
 #include "cpu/lora_experts.h"
 #include "cpu/lora_group.h"
@@ -45,7 +46,7 @@ STABLE_TORCH_LIBRARY(peft_fast, m) {
       "lora_embedding(Tensor ids, Tensor w, Tensor a, Tensor b, Tensor? scale, float scaling) -> (Tensor, Tensor)");
   m.def(
       "lora_embedding_backward(Tensor g, Tensor ids, Tensor a, Tensor b, Tensor h, Tensor? scale, float scaling, "
-      "int padding, bool[] needs) -> (Tensor, Tensor)");
+      "SymInt padding, bool[] needs) -> (Tensor, Tensor)");
   m.def(
       "lora_decode(Tensor x, Tensor w, Tensor? bias, Tensor[] a, Tensor[] b, Tensor?[] low_biases, float[] scalings, "
       "bool transposed, int[] order=[], int[] counts=[]) -> Tensor");
@@ -53,27 +54,31 @@ STABLE_TORCH_LIBRARY(peft_fast, m) {
       "lora_mixed(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor?[] biases, int[] order, int[] counts, "
       "float[] scalings) -> ()");
   m.def(
-      "lora_experts(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, Tensor order, Tensor counts, int k, "
+      "lora_experts_infer(Tensor x, Tensor w, Tensor? bias, Tensor[] a, Tensor[] b, Tensor order, Tensor counts, "
+      "SymInt k, float[] scalings, bool transposed, int few) -> Tensor");
+  m.def(
+      "lora_experts(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, Tensor order, Tensor counts, SymInt k, "
       "int[] ranks, float[] scalings, bool transposed) -> (Tensor, Tensor)");
   m.def(
       "lora_experts_backward(Tensor g, Tensor x, Tensor w, Tensor a, Tensor b, Tensor h, Tensor order, Tensor counts, "
-      "int k, int[] ranks, float[] scalings, bool transposed, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("nf4(Tensor data, Tensor scales, Tensor code, int block, int N, int K, bool bf16) -> Tensor");
-  m.def("nf4_scales(Tensor absmax, Tensor code, Tensor outer, Tensor offset, int block) -> Tensor");
+      "SymInt k, int[] ranks, float[] scalings, bool transposed, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("nf4(Tensor data, Tensor scales, Tensor code, SymInt block, SymInt N, SymInt K, bool bf16) -> Tensor");
+  m.def("nf4_scales(Tensor absmax, Tensor code, Tensor outer, Tensor offset, SymInt block) -> Tensor");
   m.def(
-      "lora_quantized(Tensor x, Tensor w, Tensor codes, Tensor scales, Tensor? meaning, Tensor? zeros, int block, "
+      "lora_quantized(Tensor x, Tensor w, Tensor codes, Tensor scales, Tensor? meaning, Tensor? zeros, SymInt block, "
       "Tensor? bias, Tensor a, Tensor b, Tensor? seed, int[] ranks, float[] scalings, float[] ps) "
       "-> (Tensor, Tensor)");
   m.def(
       "lora_quantized_backward(Tensor g, Tensor x, Tensor w, Tensor codes, Tensor scales, Tensor? meaning, "
-      "Tensor? zeros, int block, Tensor a, Tensor b, Tensor h, Tensor? seed, int[] ranks, float[] scalings, float[] ps, "
-      "bool[] needs, bool wide_dx) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("dora_norm(Tensor w, Tensor a, Tensor b, Tensor gram, float scaling, bool transposed) -> Tensor");
+      "Tensor? zeros, SymInt block, Tensor a, Tensor b, Tensor h, Tensor? seed, int[] ranks, float[] scalings, "
+      "float[] ps, bool[] needs, bool wide_dx) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("all_zero(Tensor[] ts) -> bool");
+  m.def("dora_norm(Tensor w, Tensor a, Tensor b, float scaling, bool transposed) -> Tensor");
   m.def(
       "dora_linear(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, Tensor c, Tensor? seed, float scaling, "
       "float p, bool transposed, bool keep, Tensor? packed=None) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "dora_linear_backward(Tensor g, Tensor x, Tensor w, Tensor a, Tensor b_c, Tensor c, Tensor h, Tensor z, "
+      "dora_linear_backward(Tensor g, Tensor x, Tensor w, Tensor a, Tensor b, Tensor c, Tensor h, Tensor z, "
       "Tensor? seed, float scaling, float p, bool transposed, bool[] needs, bool wide_dx, Tensor? packed=None) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("pack_weight(Tensor w, bool transposed, bool for_dx, bool like_bf16) -> Tensor");
@@ -107,7 +112,9 @@ STABLE_TORCH_LIBRARY_IMPL(peft_fast, CPU, m) {
   m.impl("lora_embedding", TORCH_BOX(&peft_fast::lora_embedding));
   m.impl("lora_embedding_backward", TORCH_BOX(&peft_fast::lora_embedding_backward));
   m.impl("lora_decode", TORCH_BOX(&peft_fast::lora_decode));
+  m.impl("all_zero", TORCH_BOX(&peft_fast::all_zero));
   m.impl("lora_mixed", TORCH_BOX(&peft_fast::lora_mixed));
+  m.impl("lora_experts_infer", TORCH_BOX(&peft_fast::lora_experts_infer));
   m.impl("lora_experts", TORCH_BOX(&peft_fast::lora_experts));
   m.impl("lora_experts_backward", TORCH_BOX(&peft_fast::lora_experts_backward));
   m.impl("nf4", TORCH_BOX(&peft_fast::nf4));

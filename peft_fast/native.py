@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -73,6 +74,7 @@ def set_isa(name: str) -> str:
     return torch.ops.peft_fast.set_isa(name)
 
 
+@_constant
 def isa() -> str:
     """The instruction set the CPU kernels use now."""
     return torch.ops.peft_fast.isa() if load() else "none"
@@ -81,12 +83,23 @@ def isa() -> str:
 @functools.cache
 def capabilities() -> dict:
     """What the processor has and how the extension was built, from peft_fast._C; empty when it is not built."""
+    module = _module()
+    return {} if module is None else dict(module.capabilities())
+
+
+@functools.cache
+def adapters() -> Callable | None:
+    """What looks at the modules of adapters (csrc/adapters.h), or None: it is not built, or of older sources."""
+    return getattr(_module(), "adapters", None)
+
+
+@functools.cache
+def _module():
     spec = importlib.util.find_spec("peft_fast._C")
     if spec is None:
-        return {}
+        return None
     try:
         _check_whole(Path(spec.origin))
-        module = importlib.import_module("peft_fast._C")
+        return importlib.import_module("peft_fast._C")
     except (ImportError, OSError):
-        return {}
-    return dict(module.capabilities())
+        return None

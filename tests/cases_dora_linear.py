@@ -53,7 +53,12 @@ NAMES = (
     *("W_columns", "W_transposed", "A_transposed", "B_columns", "g_columns", "x_permuted"),
     *("conv1d_W_columns", "bias_every_other"),
 )
-CASES = [_of(case) for case in cases.CASES if case.name in NAMES]
+# where so much is dropped that both products run
+TWICE = [
+    Case("k_in_passes_twice", lead=(37,), K=2500, N=72, ranks=(4,), p=(0.4,)),
+    Case("conv1d_wider_than_a_tile_twice", lead=(61,), K=515, N=389, ranks=(17,), p=(0.4,), bias=True, transposed=True),
+]
+CASES = [_of(case) for case in cases.CASES if case.name in NAMES] + TWICE
 EMPTY = [_of(case) for case in cases.EMPTY if not case.adapter_bias]
 CORNERS = [c for c in CASES if c.name in ("bias", "dropout_0.5", "conv1d", "rank_1", "young")]
 STEP = Case("dora_step", lead=(3, 11), N=24, ranks=(4,), p=(0.3,), bias=True)

@@ -49,6 +49,10 @@ def _cases() -> list[Case]:
         *[replace(plain, name=f"lead_{m}", lead=(m,)) for m in (1, 2, 3, 4, 5, 8, 9, 16, 32, 97)],
         *[replace(plain, name=f"conv1d_{m}", lead=(m,), transposed=True) for m in (1, 2, 3, 4, 7, 16, 67)],
         replace(plain, name="long_chain", K=5000, N=70),
+        # so narrow that sums of many ranks are made at once, the last of which must not reach the next token's
+        replace(plain, name="narrow", lead=(3,), K=48, N=40, ranks=(32, 29), p=(0.0,) * 2, scaling=(0.5, 2.0)),
+        # of products of pairs too
+        replace(plain, name="longer_chain", K=9000, N=40),
         replace(plain, name="long_chain_narrow", lead=(5,), K=1100, N=40),
         replace(plain, name="long_chain_conv1d", K=5000, N=70, transposed=True),
         replace(plain, name="long_chain_tokens", lead=(5,), K=5000, N=70),

@@ -42,13 +42,18 @@ class Case:
         return self.T * self.k
 
     @property
-    def routing(self) -> Routing:
-        """Tokens' experts, each at most once a token, the first of them seen by half of all tokens."""
+    def chosen(self) -> torch.Tensor:
+        """Tokens' experts (T, k), each at most once a token, the first of them seen by half of all tokens."""
         draw = torch.Generator().manual_seed(self.T)
         there = torch.tensor(self.only or tuple(range(self.E)))
         order = torch.rand(self.T, len(there), generator=draw)
         order[: self.T // 2, 0] = 2.0
-        return route_experts(there[order.argsort(1, descending=True)[:, : self.k]], self.E)
+        return there[order.argsort(1, descending=True)[:, : self.k]]
+
+    @property
+    def routing(self) -> Routing:
+        """The rows that these choices make."""
+        return route_experts(self.chosen, self.E)
 
     def adapters(self, t: Tensors) -> list[Adapter]:
         """The adapters as the op takes them."""
@@ -82,7 +87,8 @@ class Case:
     def ours(self, run: Callable, t: Tensors, **options: object) -> torch.Tensor:
         """What ``run``, of lora_experts' signature, gives for these tensors."""
         options |= {"tokens": self.tokens, "transposed": self.transposed}
-        return run(t["x"], t["W"], self.routing, t.get("bias"), self.adapters(t), op="lora_experts", **options)
+        routing = route_experts(t["chosen"], self.E) if "chosen" in t else self.routing
+        return run(t["x"], t["W"], routing, t.get("bias"), self.adapters(t), op="lora_experts", **options)
 
     def stock(self, t: Tensors, masks: list) -> torch.Tensor:
         """What PEFT gives."""

@@ -291,10 +291,16 @@ def draws(case: Case) -> int:
     return min(MOST_DRAWS, -(-ENOUGH // roundings(case)))
 
 
-@lru_cache(maxsize=4)
 def answers(case: Case, dtypes: str, round_adapters: bool) -> tuple[list[Problem], list[Tensors], list[Tensors]]:
     """(problems, stock, truth) of every draw of one row, shared by the providers."""
-    problems = [problem(case, DTYPES[dtypes], i) for i in range(draws(case))]
+    return _answers(case, dtypes, round_adapters, draws(case))
+
+
+@lru_cache(maxsize=4)
+def _answers(
+    case: Case, dtypes: str, round_adapters: bool, count: int
+) -> tuple[list[Problem], list[Tensors], list[Tensors]]:
+    problems = [problem(case, DTYPES[dtypes], i) for i in range(count)]
     return (
         problems,
         [stock(p, round_adapters) for p in problems],

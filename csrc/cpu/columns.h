@@ -11,9 +11,9 @@ namespace {
 
 constexpr int MOST_PANELS = 16;  // that collect takes at once
 
-// Σ w² of n neighbours
+// n neighbours as float32 -> out, which has room for whole vectors; the result is the sum of their squares
 template <int V, class T>
-double square_line(const T* w, int64_t n) {
+double widen_line(const T* w, int64_t n, float* out) {
   using L = Lanes<V>;
   double total = 0;
   for (int64_t i = 0; i < n;) {
@@ -22,10 +22,12 @@ double square_line(const T* w, int64_t n) {
     for (; i + 4 * V <= end; i += 4 * V)
       for (int j = 0; j < 4; ++j) {
         const auto v = L::load(w + i + j * V);
+        L::store(out + i + j * V, v);
         acc[j] += v * v;
       }
     for (; i < end; i += V) {
       const auto v = i + V <= end ? L::load(w + i) : load_part<V>(w + i, end - i);
+      L::store(out + i, v);
       acc[0] += v * v;
     }
     i = end;
@@ -35,29 +37,43 @@ double square_line(const T* w, int64_t n) {
 }
 
 template <int V>
-double square(const void* w, bool bf16, int64_t n) {
-  return bf16 ? square_line<V>((const uint16_t*)w, n) : square_line<V>((const float*)w, n);
+double widen(const void* w, bool bf16, int64_t n, float* out) {
+  return bf16 ? widen_line<V>((const uint16_t*)w, n, out) : widen_line<V>((const float*)w, n, out);
 }
 
-// sums (n) += w², of n neighbours
-template <int V, class T>
-void add_squares_line(const T* w, int64_t n, float* sums) {
-  using L = Lanes<V>;
-  int64_t j = 0;
-  for (; j + V <= n; j += V) {
-    const auto v = L::load(w + j);
-    L::store(sums + j, L::load(sums + j) + v * v);
-  }
-  for (; j < n; ++j) {
-    const float v = load_part<V>(w + j, 1)[0];
-    sums[j] += v * v;
-  }
-}
-
+// sums (width) of the squares in each column of a float32 panel (k, width)
 template <int V>
-void add_squares(const void* w, bool bf16, int64_t n, float* sums) {
-  if (bf16) add_squares_line<V>((const uint16_t*)w, n, sums);
-  else add_squares_line<V>((const float*)w, n, sums);
+void panel_squares(const float* panel, int64_t k, int width, float* sums) {
+  using L = Lanes<V>;
+  for (int j = 0; j < width; j += V) {
+    typename L::vec acc[4] = {};
+    int64_t i = 0;
+    for (; i + 4 <= k; i += 4)
+      for (int l = 0; l < 4; ++l) {
+        const auto v = L::load(panel + (i + l) * width + j);
+        acc[l] += v * v;
+      }
+    for (; i < k; ++i) {
+      const auto v = L::load(panel + i * width + j);
+      acc[0] += v * v;
+    }
+    L::store(sums + j, (acc[0] + acc[1]) + (acc[2] + acc[3]));
+  }
+}
+
+// Σ a·b of n neighbours, every product and sum in float64
+template <int V>
+double dot(const float* a, const float* b, int64_t n) {
+  using L = Lanes<V>;
+  using wide = typename Vector<double, V>::type;
+  wide acc{};
+  int64_t i = 0;
+  for (; i + V <= n; i += V)
+    acc += __builtin_convertvector(L::load(a + i), wide) * __builtin_convertvector(L::load(b + i), wide);
+  double total = 0;
+  for (int j = 0; j < V; ++j) total += acc[j];
+  for (; i < n; ++i) total += double(a[i]) * b[i];
+  return total;
 }
 
 // f over n neighbours, V at a time; what is read and written of the last ones lies in lines of V
@@ -81,12 +97,12 @@ typename Lanes<V>::vec load_some(const T* from, int n) {
   return n == V ? Lanes<V>::load(from) : load_part<V>(from, n);
 }
 
-// y = u + bias + (c−1)∘q + c∘low and z = q + low with q = keep·(u − gone), n neighbours
+// y = u + bias + (c−1)∘q + c∘low and z = q + low with q = keep·left, n neighbours
 template <int V, class Y, class Z>
-void mix_line(const float* u, const float* gone, const float* low, float keep, const float* c, const float* bias,
+void mix_line(const float* u, const float* left, const float* low, float keep, const float* c, const float* bias,
               int64_t n, Y* y, Z* z) {
   by_vector<V>(n, [&](int64_t j, int k) {
-    const auto own = load_some<V>(u + j, k), q = keep * (own - load_some<V>(gone + j, k));
+    const auto own = load_some<V>(u + j, k), q = keep * load_some<V>(left + j, k);
     const auto adapter = load_some<V>(low + j, k), by = load_some<V>(c + j, k);
     auto out = own + (by - 1.0f) * q + by * adapter;  // in this order c = 1 leaves u as it is
     if (bias) out += load_some<V>(bias + j, k);
@@ -96,11 +112,26 @@ void mix_line(const float* u, const float* gone, const float* low, float keep, c
 }
 
 template <int V>
-void mix(const float* u, const float* gone, const float* low, float keep, const float* c, const float* bias, int64_t n,
+void mix(const float* u, const float* left, const float* low, float keep, const float* c, const float* bias, int64_t n,
          bool y_bf16, void* y, bool z_bf16, void* z) {
-  if (!y_bf16) mix_line<V>(u, gone, low, keep, c, bias, n, (float*)y, (float*)z);
-  else if (z_bf16) mix_line<V>(u, gone, low, keep, c, bias, n, (uint16_t*)y, (uint16_t*)z);
-  else mix_line<V>(u, gone, low, keep, c, bias, n, (uint16_t*)y, (float*)z);
+  if (!y_bf16) mix_line<V>(u, left, low, keep, c, bias, n, (float*)y, (float*)z);
+  else if (z_bf16) mix_line<V>(u, left, low, keep, c, bias, n, (uint16_t*)y, (uint16_t*)z);
+  else mix_line<V>(u, left, low, keep, c, bias, n, (uint16_t*)y, (float*)z);
+}
+
+// out = c + low where the bit of its column is set, n neighbours
+template <int V, class T>
+void put_line(const float* c, const float* low, int64_t n, const uint8_t* bits, int64_t j0, T* out) {
+  by_vector<V>(n, [&](int64_t j, int k) {
+    const auto sum = load_some<V>(c + j, k) + load_some<V>(low + j, k);
+    store_part<V>(out + j, Lanes<V>::keep(sum, bits, j0 + j, load_some<V>(out + j, k)), k);
+  });
+}
+
+template <int V>
+void put(const float* c, const float* low, int64_t n, const uint8_t* bits, int64_t j0, bool bf16, void* out) {
+  if (bf16) put_line<V>(c, low, n, bits, j0, (uint16_t*)out);
+  else put_line<V>(c, low, n, bits, j0, (float*)out);
 }
 
 // out = by∘g, of (n) dm += g∘z, db += g; each may be null, z with dm
@@ -163,7 +194,7 @@ void lines(const Source& s, int64_t k0, int64_t k, int64_t j0, int64_t n, uint16
   }
 }
 
-// out (width) += Σ x[i] · row at[i] of a float32 panel, `width` of 1 or 2 vectors
+// out (width) −= Σ x[i] · row at[i] of a float32 panel, `width` of 1 or 2 vectors
 template <int V, int NV>
 void spread_of(const float* panel, const int32_t* at, const float* x, int64_t count, float* out) {
   using L = Lanes<V>;
@@ -175,7 +206,7 @@ void spread_of(const float* panel, const int32_t* at, const float* x, int64_t co
   for (; i < count; ++i)
     for (int j = 0; j < NV; ++j) acc[0][j] += x[i] * L::load(panel + int64_t(at[i]) * NV * V + j * V);
   for (int j = 0; j < NV; ++j)
-    L::store(out + j * V, L::load(out + j * V) + ((acc[0][j] + acc[1][j]) + (acc[2][j] + acc[3][j])));
+    L::store(out + j * V, L::load(out + j * V) - ((acc[0][j] + acc[1][j]) + (acc[2][j] + acc[3][j])));
 }
 
 // the same of a panel in the layout of copies.h, of pairs or TILES of them: a row has its neighbour's elements between
@@ -201,13 +232,13 @@ void spread_pairs(const uint16_t* panel, bool tiles, const int32_t* at, const ui
     for (; i < count; ++i) add(0, i);
     using L = Lanes<V>;
     for (int j = 0; j < NV; ++j)
-      L::store(out + j * V, L::load(out + j * V) + (typename L::vec)((acc[0][j] + acc[1][j]) + (acc[2][j] + acc[3][j])));
+      L::store(out + j * V, L::load(out + j * V) - (typename L::vec)((acc[0][j] + acc[1][j]) + (acc[2][j] + acc[3][j])));
     return;
   }
 #endif
   for (int64_t i = 0; i < count; ++i)
     for (int j = 0; j < NV * V; ++j)
-      out[j] += from_bf16(x[i]) * from_bf16(uint16_t(pairs[first(at[i]) + j / V * step + j % V] >> (at[i] & 1) * 16));
+      out[j] -= from_bf16(x[i]) * from_bf16(uint16_t(pairs[first(at[i]) + j / V * step + j % V] >> (at[i] & 1) * 16));
 }
 
 // the same of whatever panel an engine packs, told by its kpad; x in the engine's elements
@@ -305,8 +336,8 @@ inline void add_wide(double f, const float* a, int64_t n, double* line) {
 }
 
 template <int V>
-constexpr ColumnOps column_ops{square<V>, add_squares<V>, mix<V>, scale<V>, lines<V>, spread<V>, collect<V>,
-                               norm_row, add_wide};
+constexpr ColumnOps column_ops{widen<V>, panel_squares<V>, dot<V>, mix<V>, put<V>, scale<V>, lines<V>, spread<V>,
+                               collect<V>, norm_row, add_wide};
 
 }  // namespace
 }  // namespace peft_fast

@@ -296,28 +296,32 @@ void add_masked(float* c, int64_t ldc, const float* z, int64_t ldz, int m, int n
 template <class To>
 inline void finish_line(const float* c, int n, const float* column_scale, float scale, const float* bias, To* out,
                         int64_t step) {
+  int first = 0;
+#if defined(__AVX512F__)
+  using L = Lanes<16>;
+  if (step == 1)
+    for (; first + 16 <= n; first += 16) {
+      auto v = L::load(c + first) * scale;
+      if (column_scale) v *= L::load(column_scale + first);
+      if (bias) v += L::load(bias + first);
+      L::store(out + first, v);
+    }
+  if (first == n) return;
+#endif
   alignas(64) float line[64];
   const float* from = c;
   if (scale != 1.0f || column_scale || bias) {
-    for (int j = 0; j < n; ++j) line[j] = c[j] * scale;
+    for (int j = first; j < n; ++j) line[j] = c[j] * scale;
     if (column_scale)
-      for (int j = 0; j < n; ++j) line[j] *= column_scale[j];
+      for (int j = first; j < n; ++j) line[j] *= column_scale[j];
     if (bias)
-      for (int j = 0; j < n; ++j) line[j] += bias[j];
+      for (int j = first; j < n; ++j) line[j] += bias[j];
     from = line;
   }
-  int j = 0;
-#if defined(__AVX512BF16__)
-  if constexpr (sizeof(To) == 2) {
-    if (step == 1)
-      for (; j + 16 <= n; j += 16)
-        _mm256_storeu_si256((__m256i*)(out + j), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + j)));
-  }
-#endif
   if (step == 1) {
-    for (; j < n; ++j) out[j] = convert<To>(from[j]);
+    for (int j = first; j < n; ++j) out[j] = convert<To>(from[j]);
   } else {
-    for (; j < n; ++j) out[j * step] = convert<To>(from[j]);
+    for (int j = first; j < n; ++j) out[j * step] = convert<To>(from[j]);
   }
 }
 

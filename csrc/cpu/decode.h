@@ -12,4 +12,7 @@ Tensor lora_decode(const Tensor& x, const Tensor& w, const std::optional<Tensor>
                    const std::vector<double>& scalings, bool transposed, const std::vector<int64_t>& order,
                    const std::vector<int64_t>& counts);
 
+// is every element of these matrices zero?
+bool all_zero(const std::vector<Tensor>& ts);
+
 }  // namespace peft_fast

@@ -1,7 +1,6 @@
 #include "cpu/dora_linear.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "cpu/dropout.h"
@@ -11,6 +10,8 @@
 
 namespace peft_fast {
 namespace {
+
+constexpr double MOST_LISTED = 0.15;  // dropped, up to which its rows of W cost less than the product of all
 
 // what dropout takes from x (M, K): of row m, entries [begin[m], begin[m + 1]), in the order of their columns
 struct Dropped {
@@ -62,13 +63,14 @@ struct Call {
 
   Call(bool half, int64_t tokens, const Tensor& w_, const Tensor& a, const Tensor& b, const Tensor& c,
        const std::optional<Tensor>& seed, double s, double p, bool transposed)
-      : e(engine(half)), wide(engine(false)), bf16(half), M(tokens), K(w_.size(transposed ? 0 : 1)), N(w_.size(transposed ? 1 : 0)),
-        r(a.size(0)), w(weight(w_, transposed, bf16)), scaling(float(s)), keep_scale(float(1 / (1 - p))) {
+      : e(engine(half)), wide(engine(false)), bf16(half), M(tokens), K(w_.size(transposed ? 0 : 1)),
+        N(w_.size(transposed ? 1 : 0)), r(a.size(0)), w(weight(w_, transposed, bf16)), scaling(float(s)),
+        keep_scale(p < 1 ? float(1 / (1 - p)) : 0.0f) {
     check_float(a, "A");
     check_float(b, "B");
     STD_TORCH_CHECK(a.size(1) == K && b.size(0) == N && b.size(1) == r && c.numel() == N && c.is_contiguous() &&
-                        c.scalar_type() == ScalarType::Float && p >= 0 && p < 1,
-                    "given: shapes that do not fit\nneeded: W (N, K), A (r, K), B (N, r), c (N,) float32, p < 1\n"
+                        c.scalar_type() == ScalarType::Float && p >= 0 && p <= 1,
+                    "given: shapes that do not fit\nneeded: W (N, K), A (r, K), B (N, r), c (N,) float32, p <= 1\n"
                     "do: call peft_fast.ops.dora_linear, which names the one that is wrong");
     if (p == 0) return;
     STD_TORCH_CHECK(seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
@@ -93,41 +95,109 @@ Target to(const Tensor& t, int64_t row, int64_t col, float scale) {
   return out;
 }
 
-// h (M, r) = s·drop(x)·Aᵀ
-Product shrink(const Call& call, const Source& x, const Tensor& a, const Tensor& h) {
-  const Source seen = call.drops() ? call.mask.over(x) : x;
+// h (M, r) = s·drop(x)·Aᵀ, x seen through its mask
+Product shrink(const Call& call, const Source& seen, const Tensor& a, const Tensor& h) {
   const float scale = call.scaling * (call.drops() ? call.keep_scale : 1.0f);
   return {{{seen, call.K}}, {{call.r, {{turned(rows_of(a))}}, {}, to(h, call.r, 1, scale)}}};
 }
 
-// of a tile u = x·Wᵀ and low = h·Bᵀ: y = u + bias + (c−1)∘q + c∘low, z = q + low with q = (u − dropped x·Wᵀ) / (1−p).
-// The product of what dropout took away is a few rows of a panel a token, where that of what it left would be another GEMM
-class Mix final : public Epilogue {
+// y = u + bias + (c−1)∘q + c∘low and z = q + low, with u = x·Wᵀ, q = dropped x·Wᵀ, low = h·Bᵀ
+struct Mix {
+  const Call& call;
+  const float *c, *bias;
+  char *y, *z;  // z null = not wanted
+  bool y_bf16, z_bf16;
+
+  // row i from column j on; q times 1−p
+  void row(int64_t i, int64_t j, const float* u, const float* q, const float* low, int n) const {
+    const int64_t at = i * call.N + j;
+    call.e.columns->mix(u, q, low, call.keep_scale, c + j, bias ? bias + j : nullptr, n, y_bf16,
+                        y + at * (y_bf16 ? 2 : 4), z_bf16, z ? z + at * (z_bf16 ? 2 : 4) : nullptr);
+  }
+};
+
+// of tiles u: q is u without the product of what dropout took away, a few rows of a panel a token
+class Listed final : public Epilogue {
  public:
-  Mix(const Call& call, const Source& x, const float* c, const float* bias, const Tensor& y, const Tensor& z, bool keep)
-      : call_(call), gone_(call.e, call.mask, x, call.M, call.K, true), c_(c), bias_(bias), y_bf16_(is_bf16(y)),
-        z_bf16_(is_bf16(z)), y_((char*)y.mutable_data_ptr()), z_(keep ? (char*)z.mutable_data_ptr() : nullptr) {}
+  Listed(const Mix& mix, const Source& x)
+      : mix_(mix), gone_(mix.call.e, mix.call.mask, x, mix.call.M, mix.call.K, true) {}
 
   void tile(const float* u, int64_t ldu, const float* low, int64_t ldl, int m, int n, int width, int64_t i0, int64_t j0,
             const void* panel) const override {
-    const Engine& e = call_.e;
+    const Engine& e = mix_.call.e;
     for (int i = 0; i < m; ++i, u += ldu, low += ldl) {
-      alignas(64) float taken[64] = {};
-      const int64_t first = gone_.begin[i0 + i], at = (i0 + i) * call_.N + j0;
+      alignas(64) float left[64];
+      std::memcpy(left, u, width * sizeof(float));
+      const int64_t first = gone_.begin[i0 + i];
       e.columns->spread(panel, e.kpad, width, gone_.at.data() + first, gone_.x.data() + first * e.element(),
-                        gone_.begin[i0 + i + 1] - first, taken);
-      e.columns->mix(u, taken, low, call_.keep_scale, c_ + j0, bias_ ? bias_ + j0 : nullptr, n, y_bf16_,
-                     y_ + at * (y_bf16_ ? 2 : 4), z_bf16_, z_ ? z_ + at * (z_bf16_ ? 2 : 4) : nullptr);
+                        gone_.begin[i0 + i + 1] - first, left);
+      mix_.row(i0 + i, j0, u, left, low, n);
     }
   }
 
  private:
-  const Call& call_;
+  const Mix& mix_;
   const Dropped gone_;
-  const float *c_, *bias_;
-  bool y_bf16_, z_bf16_;
-  char *y_, *z_;
 };
+
+// of tiles q of the tokens from m0 on; u (tokens, N) is there already
+class Twice final : public Epilogue {
+ public:
+  Twice(const Mix& mix, const float* u, int64_t m0) : mix_(mix), u_(u), m0_(m0) {}
+
+  void tile(const float* q, int64_t ldq, const float* low, int64_t ldl, int m, int n, int, int64_t i0, int64_t j0,
+            const void*) const override {
+    for (int i = 0; i < m; ++i, q += ldq, low += ldl)
+      mix_.row(m0_ + i0 + i, j0, u_ + (i0 + i) * mix_.call.N + j0, q, low, n);
+  }
+
+ private:
+  const Mix& mix_;
+  const float* u_;
+  int64_t m0_;
+};
+
+// dx where it was not dropped
+class Kept final : public Epilogue {
+ public:
+  Kept(const Call& call, const Tensor& dx)
+      : call_(call), bits_(call.mask.over({})), bf16_(is_bf16(dx)), dx_((char*)dx.mutable_data_ptr()) {}
+
+  void tile(const float* c, int64_t ldc, const float* low, int64_t ldl, int m, int n, int, int64_t i0, int64_t j0,
+            const void*) const override {
+    for (int i = 0; i < m; ++i, c += ldc, low += ldl)
+      call_.e.columns->put(c, low, n, bits_.mask + (i0 + i) * bits_.mask_row, j0, bf16_,
+                           dx_ + ((i0 + i) * call_.K + j0) * (bf16_ ? 2 : 4));
+  }
+
+ private:
+  const Call& call_;
+  const Source bits_;
+  bool bf16_;
+  char* dx_;
+};
+
+// c∘B in float32: it is rounded once, as it is packed
+std::vector<float> scaled_rows(const Tensor& b, const float* c) {
+  const int64_t N = b.size(0), r = b.size(1);
+  std::vector<float> out(N * r);
+  torch::stable::parallel_for(0, N, 512, [&](int64_t n0, int64_t n1) {
+    engine(false).rows(rows_of(b), n0, n1 - n0, 0, r, out.data() + n0 * r, r);
+    for (int64_t n = n0; n < n1; ++n)
+      for (int64_t i = 0; i < r; ++i) out[n * r + i] *= c[n];
+  });
+  return out;
+}
+
+// W as gemm reads it: given so, or packed into `own` for the two products that read it, unless it is too large to keep
+const void* packed_once(const Call& call, const Source& w, int64_t k, int64_t n, const void* given,
+                        std::optional<Scratch>& own) {
+  const int64_t bytes = packed_bytes(call.e, k, n);
+  if (given || bytes > KEPT_BYTES) return given;
+  own.emplace(bytes);
+  pack(call.e, k, n, w, own->data());
+  return own->data();
+}
 
 // dx at what dropout took away: g·W without the adapter, an element at a time
 void fill_dropped(const Call& call, const Source& g, const Tensor& dx) {
@@ -174,95 +244,32 @@ void fill_dropped(const Call& call, const Source& g, const Tensor& dx) {
   });
 }
 
-// ‖w‖² of each row (N,) float64 and w·aᵀ (N, r) float32
-void row_products(const Tensor& w, const Tensor& a, bool transposed, double* out, const Tensor& product) {
-  const int64_t N = w.size(transposed ? 1 : 0), K = w.size(transposed ? 0 : 1), r = a.size(0);
-  const Engine& e = engine(false);  // A keeps its digits
-  const Tensor dense = w.stride(1) == 1 || w.size(1) <= 1 ? w : torch::stable::contiguous(w);
-  const Source rows = rows_of(dense);
-  const int64_t size = is_bf16(w) ? 2 : 4;
-  const char* data = (const char*)dense.const_data_ptr();
-  if (!transposed) {
-    // W again while it is in a cache
-    constexpr int64_t BLOCK = 512 << 10;
-    const int64_t step = round_up(std::max<int64_t>(1, BLOCK / std::max<int64_t>(1, K * size)), e.mr);
-    torch::stable::parallel_for(0, ceil_div(N, step), 1, [&](int64_t b0, int64_t b1) {
-      for (int64_t n = b0 * step; n < std::min(N, b1 * step); ++n)
-        out[n] = e.columns->square(data + n * rows.row * size, rows.bf16, K);
-    });
-    gemm(e, N, {{{rows, K}}, {{r, {{turned(rows_of(a))}}, {}, target(product, r, 1)}}});
-    return;
+// both products in full, as many tokens at a time as u may take memory for
+void forward_twice(const Mix& mix, const Matrix& x, const Tensor& a, const Tensor& b, const Tensor& h,
+                   const void* packed) {
+  constexpr int64_t BYTES = 16 << 20, LEAST = 256;
+  const Call& call = mix.call;
+  const int64_t M = call.M, N = call.N, K = call.K;
+  const int64_t span = std::min(M, std::max(LEAST, BYTES / std::max<int64_t>(1, N * 4)));
+  std::optional<Scratch> own;
+  const Right right{turned(call.w), packed_once(call, turned(call.w), K, N, packed, own)};
+  Scratch memory(span * N * 4);
+  auto* u = (float*)memory.data();
+  for (int64_t m0 = 0; m0 < M; m0 += span) {
+    const int64_t m = std::min(span, M - m0);
+    const Source all = from_row(x.source, m0), low = from_row(rows_of(h), m0);
+    gemm(call.e, m, {{{all, K}}, {{N, {right}, {}, {u, false, N, 1}}}});
+    Source seen = call.mask.over(all);
+    seen.mask += m0 * seen.mask_row;
+    const Twice last(mix, u, m0);
+    Product skinny = shrink(call, seen, a, h);
+    skinny.columns[0].y.data = const_cast<void*>(low.data);
+    const Columns columns{N, {right}, {{low, turned(rows_of(b)), call.r}}, {mix.y, mix.y_bf16, N, 1}, &last};
+    gemm(call.e, m, {{{seen, K}}, {columns}}, &skinny);
   }
-  constexpr int64_t STRIPE = 1024, DEPTH = 64;
-  torch::stable::parallel_for(0, ceil_div(N, STRIPE), 1, [&](int64_t s0, int64_t s1) {
-    std::vector<float> sums(STRIPE);
-    for (int64_t s = s0; s < s1; ++s) {
-      const int64_t j = s * STRIPE, n = std::min(STRIPE, N - j);
-      std::fill(out + j, out + j + n, 0.0);
-      for (int64_t k0 = 0; k0 < K; k0 += DEPTH) {
-        std::fill(sums.begin(), sums.end(), 0.0f);
-        for (int64_t k = k0; k < std::min(K, k0 + DEPTH); ++k)
-          e.columns->add_squares(data + (k * rows.row + j) * size, rows.bf16, n, sums.data());
-        for (int64_t i = 0; i < n; ++i) out[j + i] += sums[i];
-      }
-    }
-  });
-  gemm_tokens(e, K, {{rows, N, {{rows_of(a), r, target(product, 1, r)}}}});
 }
 
 }  // namespace
-
-Tensor dora_norm(const Tensor& w, const Tensor& a, const Tensor& b, const Tensor& gram, double scaling, bool transposed) {
-  check_float(w, "W");
-  check_float(a, "A");
-  check_float(b, "B");
-  const int64_t N = w.size(transposed ? 1 : 0), K = w.size(transposed ? 0 : 1), r = a.size(0);
-  STD_TORCH_CHECK(w.dim() == 2 && a.dim() == 2 && a.size(1) == K && b.dim() == 2 && b.size(0) == N && b.size(1) == r &&
-                      gram.scalar_type() == ScalarType::Double && gram.is_contiguous() && gram.numel() == r * r,
-                  "given: shapes that do not fit\nneeded: W (N, K) or (K, N), A (r, K), B (N, r), A·Aᵀ in float64\n"
-                  "do: call peft_fast.ops.dora_norm");
-  Tensor product = empty_like(w, {N, r}, ScalarType::Float), norm = empty_like(w, {N}, ScalarType::Float);
-  std::vector<double> whole(N);
-  std::vector<uint8_t> near(N);
-  row_products(w, a, transposed, whole.data(), product);
-  const Engine& e = engine(false);
-  auto* out = (float*)norm.mutable_data_ptr();
-  const auto* p = (const float*)product.const_data_ptr();
-  const auto* g = (const double*)gram.const_data_ptr();
-  torch::stable::parallel_for(0, N, 256, [&](int64_t n0, int64_t n1) {
-    std::vector<float> line(r);
-    std::vector<double> scratch(r);
-    for (int64_t n = n0; n < n1; ++n) {
-      e.rows(rows_of(b), n, 1, 0, r, line.data(), r);
-      near[n] = e.columns->norm_row(g, r, line.data(), p + n * r, whole[n], scaling, scratch.data(), &whole[n]);
-      out[n] = float(std::sqrt(whole[n] < 0 ? 0 : whole[n]));
-    }
-  });
-  std::vector<int64_t> again;
-  for (int64_t n = 0; n < N; ++n)
-    if (near[n]) again.push_back(n);
-  if (again.empty()) return norm;
-  // what nearly vanishes beside W: straight from the sum, in float64
-  std::vector<float> wide(r * K);
-  e.rows(rows_of(a), 0, r, 0, K, wide.data(), K);
-  const Source rows = transposed ? turned(rows_of(w)) : rows_of(w);
-  torch::stable::parallel_for(0, int64_t(again.size()), 1, [&](int64_t i0, int64_t i1) {
-    std::vector<float> line(std::max(K, r));
-    std::vector<double> sum(K);
-    for (int64_t i = i0; i < i1; ++i) {
-      const int64_t n = again[i];
-      e.rows(rows, n, 1, 0, K, line.data(), K);
-      for (int64_t k = 0; k < K; ++k) sum[k] = line[k];
-      e.rows(rows_of(b), n, 1, 0, r, line.data(), r);
-      for (int64_t j = 0; j < r; ++j) e.columns->add_wide(scaling * line[j], wide.data() + j * K, K, sum.data());
-      double total = 0;
-      for (double v : sum) total += v * v;
-      out[n] = float(std::sqrt(total));
-    }
-  });
-  return norm;
-}
-
 
 std::tuple<Tensor, Tensor, Tensor> dora_linear(const Tensor& x_, const Tensor& w, const std::optional<Tensor>& bias,
                                                const Tensor& a, const Tensor& b, const Tensor& c,
@@ -277,22 +284,27 @@ std::tuple<Tensor, Tensor, Tensor> dora_linear(const Tensor& x_, const Tensor& w
   Tensor z = empty_like(x_, {keep ? call.M : 0, call.N}, kept);
   std::vector<float> wide_bias;
   if (bias) wide_bias = widened(*bias, call.N);
-  const float* factors = (const float*)c.const_data_ptr();
-  const float* wide = bias ? wide_bias.data() : nullptr;
-  const Right right{turned(call.w), packed_data(packed, call.e, call.K, call.N)};
-  Columns columns{call.N, {right}, {{rows_of(h), turned(rows_of(b)), call.r}}, target(y, call.N, 1)};
-  columns.y.column_scale = factors;
-  columns.y.bias = wide;
-  if (keep) columns.y.raw = z.mutable_data_ptr(), columns.y.raw_bf16 = is_bf16(z);
-  std::optional<Mix> mix;
-  if (call.drops()) columns.last = &mix.emplace(call, x.source, factors, wide, y, z, keep);
-  const Product skinny = shrink(call, x.source, a, h);
+  const Mix mix{call, (const float*)c.const_data_ptr(), bias ? wide_bias.data() : nullptr, (char*)y.mutable_data_ptr(),
+                keep ? (char*)z.mutable_data_ptr() : nullptr, is_bf16(y), is_bf16(z)};
+  const void* ready = packed_data(packed, call.e, call.K, call.N);
+  if (p > MOST_LISTED) {
+    forward_twice(mix, x, a, b, h, ready);
+    return {y, h, z};
+  }
+  Columns columns{call.N, {{turned(call.w), ready}}, {{rows_of(h), turned(rows_of(b)), call.r}}, target(y, call.N, 1)};
+  columns.y.column_scale = mix.c;
+  columns.y.bias = mix.bias;
+  columns.y.raw = mix.z;
+  columns.y.raw_bf16 = mix.z_bf16;
+  std::optional<Listed> listed;
+  if (call.drops()) columns.last = &listed.emplace(mix, x.source);
+  const Product skinny = shrink(call, call.drops() ? call.mask.over(x.source) : x.source, a, h);
   gemm(call.e, call.M, {{{x.source, call.K}}, {columns}}, &skinny);
   return {y, h, z};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
-    const Tensor& g_, const Tensor& x_, const Tensor& w, const Tensor& a, const Tensor& b_c, const Tensor& c,
+    const Tensor& g_, const Tensor& x_, const Tensor& w, const Tensor& a, const Tensor& b, const Tensor& c,
     const Tensor& h, const Tensor& z, const std::optional<Tensor>& seed, double scaling, double p, bool transposed,
     const std::vector<bool>& needs, bool wide_dx, const std::optional<Tensor>& packed) {
   STD_TORCH_CHECK(needs.size() == 5, "given: needs of another length\nneeded: x, bias, A, B, m\n"
@@ -300,7 +312,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
   const auto [dx_, dbias_, da_, db_, dm_] = std::tuple(bool(needs[0]), bool(needs[1]), bool(needs[2]), bool(needs[3]),
                                                        bool(needs[4]));
   const Matrix g = matrix(g_, "the output's gradient"), x = matrix(x_, "x");
-  const Call call(x.source.bf16, x.rows, w, a, b_c, c, seed, scaling, p, transposed);
+  const Call call(x.source.bf16, x.rows, w, a, b, c, seed, scaling, p, transposed);
   const int64_t M = call.M, N = call.N, K = call.K, r = call.r;
   STD_TORCH_CHECK(g.rows == M && g.cols == N && g.source.bf16 == x.source.bf16 && x.cols == K && h.size(0) == M &&
                       h.size(1) == r && h.scalar_type() == ScalarType::Float && (!dm_ || z.numel() == M * N),
@@ -308,7 +320,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
                   "do: call peft_fast.ops.dora_linear and let autograd run the backward");
   Tensor dx = empty_like(x_, dx_ ? std::vector<int64_t>(x_.sizes().begin(), x_.sizes().end()) : std::vector<int64_t>{0},
                          wide_dx ? ScalarType::Float : x_.scalar_type());
-  Tensor da = empty_like(a, {da_ ? r : 0, K}), db = empty_like(b_c, {db_ ? N : 0, r});
+  Tensor da = empty_like(a, {da_ ? r : 0, K}), db = empty_like(b, {db_ ? N : 0, r});
   Tensor dm = empty_like(x_, {dm_ ? N : 0}, ScalarType::Float), dbias = empty_like(x_, {dbias_ ? N : 0}, ScalarType::Float);
   const auto* factors = (const float*)c.const_data_ptr();
 
@@ -316,8 +328,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
   std::vector<float> by(factors, factors + N);
   if (call.drops())
     for (float& v : by) v = 1 + (v - 1) * call.keep_scale;
-  const Tensor through = empty_like(x_, {dx_ ? M : 0, N});
   const int64_t size = x.source.bf16 ? 2 : 4, z_size = dm_ && is_bf16(z) ? 2 : 4;
+  Scratch memory(dx_ ? M * N * size : 0);
+  char* through = dx_ ? memory.data() : nullptr;
   constexpr int64_t STRIPE = 512, DEPTH = 64;
   if (dx_ || dm_ || dbias_)
     torch::stable::parallel_for(0, ceil_div(N, STRIPE), 1, [&](int64_t s0, int64_t s1) {
@@ -332,7 +345,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
             call.wide.columns->scale((const char*)g.source.data + (m * g.source.row + j) * size, x.source.bf16,
                                      dm_ ? (const char*)z.const_data_ptr() + (m * N + j) * z_size : nullptr,
                                      z_size == 2, by.data() + j, n,
-                                     dx_ ? (char*)through.mutable_data_ptr() + (m * N + j) * size : nullptr,
+                                     through ? through + (m * N + j) * size : nullptr,
                                      dm_ ? sums.data() : nullptr, dbias_ ? sums.data() + STRIPE : nullptr);
           for (int64_t i = 0; i < 2 * STRIPE; ++i) totals[i] += sums[i];
         }
@@ -345,12 +358,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
 
   Tensor d = empty_like(x_, {dx_ || da_ ? M : 0, r}, ScalarType::Float);
   const float kept = call.drops() ? call.keep_scale : 1.0f;
-  const Product skinny{{{g.source, N}}, {{r, {{rows_of(b_c)}}, {}, to(d, r, 1, call.scaling * kept)}}};
+  const Source all{through, x.source.bf16, N, 1};
+  // c∘g is there where the base reads it; rounded no more than c∘B would be
+  const bool scaled = dx_ && !call.drops() && call.e.half == x.source.bf16;
+  std::vector<float> b_c;
+  if (!scaled) b_c = scaled_rows(b, factors);
+  const Source right_b = scaled ? rows_of(b) : Source{b_c.data(), false, r, 1};
+  const Product skinny{{{scaled ? all : g.source, N}}, {{r, {{right_b}}, {}, to(d, r, 1, call.scaling * kept)}}};
   if (dx_) {
-    const Source all{through.const_data_ptr(), is_bf16(through), N, 1};
-    const Right right{call.w, packed_data(packed, call.e, N, K)};
-    gemm(call.e, M, {{{all, N}}, {{K, {right}, {{rows_of(d), rows_of(a), r}}, target(dx, K, 1)}}}, &skinny);
-    if (call.drops()) fill_dropped(call, g.source, dx);
+    Right right{call.w, packed_data(packed, call.e, N, K)};
+    Columns columns{K, {right}, {{rows_of(d), rows_of(a), r}}, target(dx, K, 1)};
+    if (p > MOST_LISTED) {
+      std::optional<Scratch> own;
+      right.packed = packed_once(call, call.w, N, K, right.packed, own);
+      gemm(call.e, M, {{{g.source, N}}, {{K, {right}, {}, columns.y}}}, &skinny);
+      const Kept last(call, dx);
+      columns.rights = {right};
+      columns.last = &last;
+      gemm(call.e, M, {{{all, N}}, {columns}});
+    } else {
+      gemm(call.e, M, {{{all, N}}, {columns}}, &skinny);
+      if (call.drops()) fill_dropped(call, g.source, dx);
+    }
   } else if (da_) {
     gemm(call.e, M, skinny);
   }

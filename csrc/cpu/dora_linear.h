@@ -7,9 +7,6 @@
 
 namespace peft_fast {
 
-// w (N, K), or (K, N) if transposed, a (r, K), b (N, r), gram (r, r) float64 = a·aᵀ -> ‖w + s·b·a‖ of each row (N,) float32
-Tensor dora_norm(const Tensor& w, const Tensor& a, const Tensor& b, const Tensor& gram, double scaling, bool transposed);
-
 // x (..., K), w, bias (N,), a (r, K), b (N, r), c (N,) float32, seed (1,) with p > 0 -> y (..., N) in x's dtype,
 // h (M, r) float32 = s·drop(x)·Aᵀ, z (M, N) = drop(x)·Wᵀ + h·Bᵀ where `keep` says so. packed: pack_weight(w, ..., false)
 std::tuple<Tensor, Tensor, Tensor> dora_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
@@ -17,10 +14,10 @@ std::tuple<Tensor, Tensor, Tensor> dora_linear(const Tensor& x, const Tensor& w,
                                                const std::optional<Tensor>& seed, double scaling, double p,
                                                bool transposed, bool keep, const std::optional<Tensor>& packed);
 
-// g (..., N), b_c (N, r) = c∘b -> dx (..., K), da (r, K), db (N, r), dbias (N,) and Σ g∘z (N,) float32; empty where
+// g (..., N), b (N, r) -> dx (..., K), da (r, K), db (N, r), dbias (N,) and Σ g∘z (N,) float32; empty where
 // needs (x, bias, a, b, m) is false; wide_dx: dx in float32. packed: pack_weight(w, ..., true)
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
-    const Tensor& g, const Tensor& x, const Tensor& w, const Tensor& a, const Tensor& b_c, const Tensor& c,
+    const Tensor& g, const Tensor& x, const Tensor& w, const Tensor& a, const Tensor& b, const Tensor& c,
     const Tensor& h, const Tensor& z, const std::optional<Tensor>& seed, double scaling, double p, bool transposed,
     const std::vector<bool>& needs, bool wide_dx, const std::optional<Tensor>& packed);
 

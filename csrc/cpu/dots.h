@@ -60,6 +60,25 @@ void sum_four(const typename Lanes<V>::vec* v, float* out) {
   for (int i = 0; i < 4; ++i) out[i] = sum<V>(v[i]);
 }
 
+#if defined(__AVX512F__)
+// the sum of each of sixteen vectors, every one in the order that sum() has
+inline __m512 sum_sixteen(const Lanes<16>::vec* v) {
+  __m512 quads[4];  // in each 128 bits of the q-th, four lanes of vector 4q + i
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    const auto a = (__m512)v[4 * q], b = (__m512)v[4 * q + 1], c = (__m512)v[4 * q + 2], d = (__m512)v[4 * q + 3];
+    const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+    const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
+    quads[q] = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+  }
+  const auto fold = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+  const __m512 low = fold(quads[0], quads[1]), high = fold(quads[2], quads[3]);
+  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xEE));
+  const __m512i turned = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_ps(turned, all);
+}
+#endif
+
 // one vector's worth of w·x: w widened on the way in, x float32
 template <int V, class T>
 struct WideDot {
@@ -146,11 +165,43 @@ void dots_rows(const typename D::W* w, int64_t row, int64_t n, const typename D:
   for (; i < n; ++i) dots_tile<D, V, 1, TM, false>(w + i * row, row, x, ldx, k, c + i, ldc, add);
 }
 
+#if defined(__AVX512F__)
+// few k, as those of an adapter's rank: the sums across lanes are most of it, and sixteen of them cost little more than
+// four. Rows that are none are those before them once more
+template <class D>
+void dots_short(const typename D::W* w, int64_t row, int64_t n, const typename D::X* x, int64_t ldx, int64_t k,
+                int64_t m, float* c, int64_t ldc, bool add) {
+  constexpr int64_t AHEAD = 48;  // rows
+  for (int64_t i = 0; i < n; i += 16) {
+    const int64_t rows = std::min<int64_t>(16, n - i);
+    const auto mask = __mmask16((1u << rows) - 1);
+    for (int64_t t = 0; t < m; ++t) {
+      Lanes<16>::vec acc[16] = {};
+      for (int64_t p = 0; p < k; p += D::step) {
+        const auto xs = D::x(x + t * ldx + p);
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; ++j) {
+          const auto* at = w + (i + std::min<int64_t>(j, rows - 1)) * row + p;
+          if (t == 0) __builtin_prefetch(at + AHEAD * row, 0, 2);
+          D::add(acc[j], p + D::step <= k ? D::load(at) : D::part(at, k - p), xs);
+        }
+      }
+      float* to = c + t * ldc + i;
+      const __m512 sums = sum_sixteen(acc);
+      _mm512_mask_storeu_ps(to, mask, add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sums) : sums);
+    }
+  }
+}
+#endif
+
 template <class D, int V>
 void dots_of(const void* w_, int64_t row, int64_t n, const void* x_, int64_t ldx, int64_t k, int64_t m, float* c,
              int64_t ldc, bool add) {
   const auto* w = (const typename D::W*)w_;
   const auto* x = (const typename D::X*)x_;
+#if defined(__AVX512F__)
+  if (k <= 4 * D::step) return dots_short<D>(w, row, n, x, ldx, k, m, c, ldc, add);
+#endif
   constexpr int64_t ROWS = 4;  // whose second reading, for the next tokens, is from the first-level cache
   for (int64_t i = 0; i < n; i += m > 4 ? ROWS : n) {
     const int64_t rows = std::min(n - i, m > 4 ? ROWS : n);

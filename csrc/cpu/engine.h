@@ -16,6 +16,11 @@ struct Codes {
   const float* meaning;  // of the 16 nibbles
   const int8_t* zeros;   // of each block, the int8 that means zero; null = 0
   int64_t block;
+  // of each block, the number that means zero: value i is unsigned, in byte i % plane, the planes from its high bits
+  // down. null: as above
+  const float* shifts = nullptr;
+  int64_t plane = 0;
+  bool round = false;    // to bfloat16 between the difference and the product
 };
 
 // a matrix as it lies in memory; element (i, j) is data[i * row + j * col]
@@ -66,10 +71,12 @@ struct ActLine {
 
 // columns.h, where each is explained
 struct ColumnOps {
-  double (*square)(const void* w, bool bf16, int64_t n);
-  void (*add_squares)(const void* w, bool bf16, int64_t n, float* sums);
-  void (*mix)(const float* u, const float* gone, const float* low, float keep, const float* c, const float* bias,
+  double (*widen)(const void* w, bool bf16, int64_t n, float* out);
+  void (*panel_squares)(const float* panel, int64_t k, int width, float* sums);
+  double (*dot)(const float* a, const float* b, int64_t n);
+  void (*mix)(const float* u, const float* left, const float* low, float keep, const float* c, const float* bias,
               int64_t n, bool y_bf16, void* y, bool z_bf16, void* z);
+  void (*put)(const float* c, const float* low, int64_t n, const uint8_t* bits, int64_t j0, bool bf16, void* out);
   void (*scale)(const void* g, bool g_bf16, const void* z, bool z_bf16, const float* by, int64_t n, void* out,
                 float* dm, float* db);
   void (*lines)(const Source& w, int64_t k0, int64_t k, int64_t j0, int64_t n, uint16_t* out, int64_t ld);

@@ -66,13 +66,13 @@ struct Lanes {
     return load(line);
   }
 
-  // v where the bit of its lane is set, else zero; j is a multiple of V, and of 4
-  static vec keep(vec v, const uint8_t* bits, int64_t j) {
+  // v where the bit of its lane is set, else what else there is; j is a multiple of V, and of 4
+  static vec keep(vec v, const uint8_t* bits, int64_t j, vec other = vec{}) {
     uint32_t word = 0;
     std::memcpy(&word, bits + (j >> 3), (V + 7) / 8);
     words lane{};
     for (int i = 0; i < V; ++i) lane[i] = 1u << i;
-    return ((words{} + (word >> (j & 7))) & lane) != 0 ? v : vec{};
+    return ((words{} + (word >> (j & 7))) & lane) != 0 ? v : other;
   }
 
   // 2^t to 1.2 ulp = 2^floor(t) times a polynomial on [0, 1], fitted to 8e-8; 0 below -127, infinite from 128 on

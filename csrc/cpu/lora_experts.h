@@ -13,6 +13,13 @@ std::tuple<Tensor, Tensor> lora_experts(const Tensor& x, const Tensor& w, const 
                                         int64_t k, const std::vector<int64_t>& ranks,
                                         const std::vector<double>& scalings, bool transposed);
 
+// the same without gradients, of adapters as PEFT keeps them: a (E·r, K) expert after expert, b (N, r·E) rank after rank.
+// Where no expert has more than `few` rows W is read as it lies, else its operands are packed
+Tensor lora_experts_infer(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
+                          const std::vector<Tensor>& as, const std::vector<Tensor>& bs, const Tensor& order,
+                          const Tensor& counts, int64_t k, const std::vector<double>& scalings, bool transposed,
+                          int64_t few);
+
 // g (S, N) -> dx (S, K) in x's dtype, da, db, dbias (E, N) float32; empty where needs (x, a, b, bias) is false
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward(
     const Tensor& g, const Tensor& x, const Tensor& w, const Tensor& a, const Tensor& b, const Tensor& h,

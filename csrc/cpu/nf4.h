@@ -13,9 +13,10 @@ Tensor nf4(const Tensor& data, const Tensor& scales, const Tensor& code, int64_t
 // = code[absmax[j]]·outer[j // block] + offset, the product rounded before the sum
 Tensor nf4_scales(const Tensor& absmax, const Tensor& code, const Tensor& outer, const Tensor& offset, int64_t block);
 
-// N·K values in 4 bits, of which `meaning` (16,) says what they are, or in int8, less the zeros (blocks,) int8 of their
-// blocks; the tensors must outlive what is returned
+// N·K values in 4 bits, of which `meaning` (16,) says what they are; or in int8, less the zeros (blocks,) int8 of their
+// blocks; or unsigned in planes, less the zeros (blocks,) float32; to be decoded to bfloat16 or to float32. The
+// tensors must outlive what is returned
 Codes codes_of(const Tensor& data, const Tensor& scales, const std::optional<Tensor>& meaning,
-               const std::optional<Tensor>& zeros, int64_t block, int64_t N, int64_t K);
+               const std::optional<Tensor>& zeros, int64_t block, int64_t N, int64_t K, bool bf16);
 
 }  // namespace peft_fast

@@ -37,7 +37,7 @@ def shaped(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def traced(x: torch.Tensor) -> bool:
     """Must the call be an operator: is it compiled, or x without values? Else a plain call takes the host less time."""
-    return torch.compiler.is_compiling() or type(x) is not torch.Tensor
+    return torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
 
 
 def _forward_fake(x, W, bias, A, B, seed, ranks, scalings, ps, transposed, plan):

@@ -11,6 +11,7 @@ from peft_fast.ops import prepare
 from peft_fast.ops.checks import check_embedding
 from peft_fast.ops.dora_linear import _factor, _of_norm, check_columns
 from peft_fast.ops.dora_norm import dora_norm
+from peft_fast.ops.function import Function
 from peft_fast.ops.lora_embedding import _into_B, _scales
 from peft_fast.ops.spec import Adapter, EmbeddingSpec
 from peft_fast.reference import dora_embedding as reference
@@ -56,7 +57,7 @@ def dora_embedding(
     return y
 
 
-class DoraEmbedding(torch.autograd.Function):
+class DoraEmbedding(Function):
     """Saves ids and H (M, r)."""
 
     @staticmethod

@@ -15,6 +15,7 @@ from peft_fast.ops import prepare
 from peft_fast.ops.checks import FLOATS, check, check_kinds
 from peft_fast.ops.dora_norm import dora_norm
 from peft_fast.ops.dropout import draw_seed
+from peft_fast.ops.function import Function
 from peft_fast.ops.spec import Adapter, Sibling, Spec
 from peft_fast.reference import dora_linear as reference
 
@@ -69,7 +70,7 @@ def dora_linear(
     return y
 
 
-class DoraLinear(torch.autograd.Function):
+class DoraLinear(Function):
     """Saves x, H (M, r) and, for a magnitude that trains, P (M, N), which its scale is applied to."""
 
     @staticmethod

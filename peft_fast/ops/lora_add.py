@@ -13,6 +13,7 @@ from peft_fast.errors import DeviceError, DtypeError, ShapeError, fail
 from peft_fast.ops import prepare
 from peft_fast.ops.checks import FLOATS, check, check_kinds
 from peft_fast.ops.dropout import draw_seed
+from peft_fast.ops.function import Function
 from peft_fast.ops.lora_linear import apart, spec_of, stacked
 from peft_fast.ops.lora_quantized import placeholder
 from peft_fast.ops.spec import Adapter
@@ -69,7 +70,7 @@ def _check(base, x, dtype, adapters):
     return like
 
 
-class LoraAdd(torch.autograd.Function):
+class LoraAdd(Function):
     """Saves x, H (M, r) and the seeds; x and ``uncast`` are what prepare.narrowed() gives."""
 
     @staticmethod

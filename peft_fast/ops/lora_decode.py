@@ -65,6 +65,11 @@ def kernel() -> Callable[..., Tensor] | None:
     return torch.ops.peft_fast.lora_decode.default if live else None
 
 
+def look() -> Callable | None:
+    """The compiled look at the modules of a layer's adapters (csrc/adapters.h); None where it is not built."""
+    return native.adapters()
+
+
 def _differentiable(x: Tensor, W: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> bool:
     if not torch.is_grad_enabled():
         return False

@@ -11,6 +11,7 @@ from peft_fast import dispatch
 from peft_fast.backends import modules
 from peft_fast.ops import prepare
 from peft_fast.ops.checks import check_embedding
+from peft_fast.ops.function import Function
 from peft_fast.ops.spec import Adapter, EmbeddingSpec
 from peft_fast.reference import lora_embedding as reference
 
@@ -49,7 +50,7 @@ def lora_embedding(
     return y
 
 
-class LoraEmbedding(torch.autograd.Function):
+class LoraEmbedding(Function):
     """Saves ids and H (M, r)."""
 
     @staticmethod

@@ -15,6 +15,7 @@ from peft_fast.backends import modules
 from peft_fast.errors import ShapeError, fail
 from peft_fast.ops import prepare
 from peft_fast.ops.checks import check_adapter, check_device, check_float, check_kinds
+from peft_fast.ops.function import Function
 from peft_fast.ops.spec import Adapter, ExpertsSpec, Routing
 from peft_fast.reference import lora_experts as reference
 
@@ -25,16 +26,18 @@ FEW = 16  # rows of an expert from which on a product with packed operands is as
 def route_experts(experts: Tensor, count: int) -> Routing:
     """experts (T, k) int, the numbers below ``count`` of the experts that see each token -> Routing.
 
-    Another number is refused on the CPU; elsewhere nothing waits to look, and its row of lora_experts is NaN.
+    Another number is refused on the CPU; elsewhere nothing waits to look, and its row of lora_experts is NaN. Compiled
+    code cannot look: there the kernels of the CPU refuse such rows, and the others give NaN.
     """
     if experts.dim() != 2 or experts.dtype not in (torch.int32, torch.int64):
         given = f"experts {tuple(experts.shape)} of {experts.dtype}"
         fail(ShapeError, given, "(T, k) of int64 or int32", "pass the router's choice")
     ids = experts.reshape(-1)
-    if ids.device.type != "cpu":  # where looking at values would have to wait for them
+    looks = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not looks:  # where looking at values would have to wait for them, or nobody can
         ids = torch.where((ids < 0) | (ids >= count), count, ids)
     ids, order = torch.sort(ids, stable=True)
-    if ids.device.type == "cpu" and ids.numel() and not 0 <= ids[0] <= ids[-1] < count:
+    if looks and ids.numel() and not 0 <= ids[0] <= ids[-1] < count:
         given = f"experts from {int(ids[0])} to {int(ids[-1])}"
         fail(ShapeError, given, f"numbers from 0 to {count - 1}", "pass the router's choice of these experts")
     inverse = torch.empty_like(order)
@@ -70,8 +73,8 @@ def lora_experts(
     x = x.to(W.dtype)
     if name == "reference" or (W.requires_grad and torch.is_grad_enabled()):
         y = _define(x, W, bias, adapters, routing, tokens, transposed)
-    elif name == "cpu" and not _differentiable(x, bias, adapters) and _few(routing):
-        y = backends[name].decode(x, W, bias, adapters, routing, tokens, transposed)
+    elif name == "cpu" and not _differentiable(x, bias, adapters):
+        y = backends[name].infer(x, W, bias, adapters, routing, tokens, transposed, FEW)
     else:
         As = [a.A.reshape(W.shape[0], -1, x.shape[1]) for a in adapters]
         if len(As) > 1:
@@ -87,17 +90,12 @@ def lora_experts(
     return y
 
 
-def _few(routing):
-    """Is reading W as it lies what takes the time?"""
-    return 0 < routing.order.shape[0] and routing.counts.max() <= FEW
-
-
 def _differentiable(x, bias, adapters):
     tensors = [x, bias, *(t for a in adapters for t in a[:2])]
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-class LoraExperts(torch.autograd.Function):
+class LoraExperts(Function):
     """A (E, R, K), B (N, R·E) rank after rank; saves x as it came, if R > 0, H (S, R) and the routing."""
 
     @staticmethod
@@ -129,7 +127,7 @@ def combine_experts(z: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     return Combine.apply(z, weights, routing.order, routing.inverse)
 
 
-class Combine(torch.autograd.Function):
+class Combine(Function):
     """Rows are gathered in backward too, where autograd would scatter into zeros."""
 
     @staticmethod
@@ -159,10 +157,27 @@ def _define(x, W, bias, adapters, routing, tokens, transposed):
     with torch.autocast(x.device.type, enabled=False):
         wide = prepare.at_least_float32(x.dtype)
         adapters = [Adapter(a.A.to(wide), a.B.to(wide), a.scaling) for a in adapters]
-        rows = x[routing.order // routing.k] if tokens else x
-        bias = None if bias is None else bias.to(wide)
-        counts = routing.counts.tolist()
-        return reference.forward(rows.to(wide), W.to(wide), bias, adapters, counts, transposed).to(x.dtype)
+        rows = (x[routing.order // routing.k] if tokens else x).to(wide)
+        bias, W = None if bias is None else bias.to(wide), W.to(wide)
+        run = _every_expert if torch.compiler.is_compiling() else _own_expert
+        return run(rows, W, bias, adapters, routing, transposed).to(x.dtype)
+
+
+def _own_expert(rows, W, bias, adapters, routing, transposed):
+    return reference.forward(rows, W, bias, adapters, routing.counts.tolist(), transposed)
+
+
+def _every_expert(rows, W, bias, adapters, routing, transposed):
+    """The same where no counts are known: all rows go to every expert, those of others as zeros."""
+    E, S = W.shape[0], rows.shape[0]
+    owner = torch.searchsorted(routing.counts.cumsum(0), torch.arange(S, device=rows.device), right=True)
+    y = torch.full_like(rows[:, :1], torch.nan)  # rows of no expert
+    for e in range(E):
+        mine = (owner == e).unsqueeze(1)
+        some = [a._replace(A=a.A.unflatten(0, (E, -1))[e], B=a.B[:, e::E]) for a in adapters]
+        own = W[e : e + 1], None if bias is None else bias[e : e + 1], some
+        y = torch.where(mine, reference.forward(rows.where(mine, 0.0), *own, [S], transposed), y)
+    return y
 
 
 def _differentiable_backward(g, inputs, needs, routing, spec):

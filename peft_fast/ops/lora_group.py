@@ -12,6 +12,7 @@ from peft_fast.ops import prepare
 from peft_fast.ops import siblings as group
 from peft_fast.ops.checks import check
 from peft_fast.ops.dropout import draw_seed
+from peft_fast.ops.function import Function
 from peft_fast.ops.spec import Sibling
 from peft_fast.reference import lora_group as reference
 
@@ -46,7 +47,7 @@ def lora_group(
     return tuple(ys)
 
 
-class LoraGroup(torch.autograd.Function):
+class LoraGroup(Function):
     """Saves x, H (M, R) and the seeds; the tensors of the siblings are the caller's parameters, see siblings.py.
 
     x and ``uncast`` are what prepare.narrowed() gives.

@@ -12,6 +12,7 @@ from peft_fast.backends import modules
 from peft_fast.ops import prepare
 from peft_fast.ops.checks import check, check_kinds
 from peft_fast.ops.dropout import draw_seed
+from peft_fast.ops.function import Function
 from peft_fast.ops.spec import Adapter, Sibling, Spec
 from peft_fast.reference import lora_linear as reference
 
@@ -90,7 +91,7 @@ def spec_of(adapters: Sequence[Adapter], dx_dtype: torch.dtype, transposed: bool
     )
 
 
-class LoraLinear(torch.autograd.Function):
+class LoraLinear(Function):
     """Saves x, H (M, r) and the seeds; A, B and W are the caller's parameters.
 
     x and ``uncast`` are what prepare.narrowed() gives.

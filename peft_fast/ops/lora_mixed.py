@@ -12,6 +12,7 @@ from peft_fast.backends import modules
 from peft_fast.errors import DtypeError, SettingsError, ShapeError, fail
 from peft_fast.ops import prepare
 from peft_fast.ops.checks import FLOATS, check_adapter, check_device, check_float, check_kinds
+from peft_fast.ops.function import Function
 from peft_fast.ops.spec import Adapter, MixedSpec
 from peft_fast.reference import lora_mixed as reference
 
@@ -74,13 +75,15 @@ def run(
     spec = MixedSpec(order, [len(own) for own in rows], [a.scaling for a in adapters], padding_idx, name)
     As, Bs, biases = ([a[i] for a in adapters] for i in (0, 1, 4))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, base, *tensors, *biases) if t is not None):
+        if torch.compiler.is_compiling():  # whose backward no compiler traces
+            return _define(x, base, adapters, spec).to(base.dtype)
         return LoraMixed.apply(x, base, spec, *As, *Bs, *biases)
     y = base if base.is_contiguous() else base.contiguous()
     _write(y, x, As, Bs, biases, spec)
     return y
 
 
-class LoraMixed(torch.autograd.Function):
+class LoraMixed(Function):
     """For a batch that is differentiated, which is none of inference: exact, through the definition, not fast."""
 
     @staticmethod

@@ -15,6 +15,7 @@ from peft_fast.ops import prepare
 from peft_fast.ops import siblings as group
 from peft_fast.ops.checks import NUMBERS, check
 from peft_fast.ops.dropout import draw_seed
+from peft_fast.ops.function import Function
 from peft_fast.ops.lora_group import LoraGroup
 from peft_fast.ops.lora_group import define as define_group
 from peft_fast.ops.spec import ACTIVATIONS, ActSpec, GroupSpec, Sibling
@@ -78,7 +79,7 @@ class Specs(NamedTuple):
     down: GroupSpec
 
 
-class LoraMlp(torch.autograd.Function):
+class LoraMlp(Function):
     """y = down(drop_p(act(gate)·up)) with gate and up from LoraGroup, which saves x.
 
     Saves gate, up, H (M, R) and the seeds; h is computed again in backward, if anything reads it there.

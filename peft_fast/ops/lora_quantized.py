@@ -13,6 +13,7 @@ from peft_fast.backends import modules
 from peft_fast.ops import prepare
 from peft_fast.ops.checks import check, check_kinds
 from peft_fast.ops.dropout import draw_seed
+from peft_fast.ops.function import Function
 from peft_fast.ops.lora_linear import defined, differentiable_backward, spec_of, stacked
 from peft_fast.ops.nf4 import Codes
 from peft_fast.ops.spec import Adapter, Sibling
@@ -49,6 +50,22 @@ def lora_quantized(
     Only x, H (M, r) and the seeds are kept between forward and backward: no dense copy of W.
     Source: Dettmers et al., "QLoRA" (arXiv 2305.14314), eq. 5.
     """
+    y = product(x, W, bias, adapters, exact=exact, backend=backend, plan=plan)
+    prepare.count_call()
+    return y
+
+
+def product(
+    x: Tensor,
+    W: Weight,
+    bias: Tensor | None = None,
+    adapters: Sequence[Adapter] = (),
+    *,
+    exact: bool = False,
+    backend: str | None = None,
+    plan: str | None = None,
+) -> Tensor:
+    """lora_quantized that nobody counts."""
     dtype, autocast = prepare.computed_dtype(x)
     shape = placeholder(x, W.shape, dtype)
     check_kinds(x, shape, bias, adapters)
@@ -59,7 +76,6 @@ def lora_quantized(
     dropout = any(a.p > 0 for a in adapters)
     name, plan, _ = dispatch.pick(x, dtype, shape, others, exact, backend, plan, dropout)
     seed = draw_seed(len(adapters), x.device) if dropout else None
-    prepare.count_call()
     if name == "reference":
         return defined(x.to(dtype), Sibling(W.dense(dtype), bias, adapters), seed)
     A, B = stacked(x, dtype, W.shape[0], adapters)
@@ -80,7 +96,7 @@ def codes_of(W: Weight, dtype: torch.dtype, backend: str) -> Codes | None:
     return codes(dtype) if codes is not None and backend in direct else None
 
 
-class LoraQuantized(torch.autograd.Function):
+class LoraQuantized(Function):
     """LoraLinear whose W is not saved, and not even made where the backend reads it as it is kept."""
 
     @staticmethod

@@ -26,12 +26,18 @@ class Nested(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """A weight as kernels read it that never make it dense: n values row by row, each times its block's scale."""
+    """A weight as kernels read it that never make it dense: n values row by row, each times its block's scale.
 
-    data: Tensor  # contiguous: n int8, or (⌈n/2⌉,) uint8 of two each, the earlier in the high nibble
+    Planes: a byte holds 8/bits of them that lie n·bits/8 apart, the earliest in its high bits; the difference to the
+    zero is rounded to the dtype asked for, then the product with the scale.
+    """
+
+    data: (
+        Tensor  # contiguous: n int8, or (⌈n/2⌉,) uint8 of two each, the earlier in the high nibble; or planes of uint8
+    )
     scales: Tensor  # (⌈n/block⌉,) float32
     meaning: Tensor | None  # (16,) float32, what each nibble means; None for int8
-    zeros: Tensor | None  # (⌈n/block⌉,) int8, what is taken off each int8; None for nothing
+    zeros: Tensor | None  # (⌈n/block⌉,) what is taken off: int8 of each int8, or float32 of planes; None for nothing
     block: int
 
 
@@ -94,7 +100,12 @@ def _check(W, dtype):
     if nested is not None and absmax.dtype != torch.uint8:
         need = "uint8, which the nested scales belong to"
         fail(DtypeError, f"absmax of {absmax.dtype}", need, "leave nested out for scales that are not quantized")
-    if not data.is_contiguous() or data.nbytes < -(-n // 2) or absmax.numel() != blocks or code.numel() != 16:
+    if (
+        not data.is_contiguous()
+        or data.numel() * data.element_size() < -(-n // 2)
+        or absmax.numel() != blocks
+        or code.numel() != 16
+    ):
         given = f"{data.nbytes} bytes, {absmax.numel()} scales and {code.numel()} values for W {tuple(W.shape)}"
         need = f"at least {-(-n // 2)} contiguous bytes, {blocks} scales of {size} each, 16 values"
         fail(ShapeError, given, need, "pass the packed weight with its own state, not repacked for inference")

@@ -11,10 +11,18 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from peft_fast import native
-from peft_fast.ops import Adapter, draw_seed, fast_calls, lora_linear
-from tests import cases_lora_embedding, cases_lora_group, cases_lora_mlp, inputs, numerics
+from peft_fast.ops import Adapter, draw_seed, fast_calls, lora_linear, route_experts
+from tests import (
+    cases_lora_embedding,
+    cases_lora_experts,
+    cases_lora_group,
+    cases_lora_mlp,
+    inputs,
+    numerics,
+)
 from tests.cases import DTYPES, Case
 
 PROVIDERS = numerics.providers()
@@ -89,18 +97,21 @@ def test_fullgraph_beside_float32_adapters(provider, case):
     check_fullgraph(provider, case, "bf16_f32_adapters")
 
 
+def function_of(provider, p):
+    """What is compiled, and what it is given: experts are routed inside, as they are in a model."""
+    tensors = p.tensors | ({"chosen": p.case.chosen} if p.case.op == "lora_experts" else {})
+    names, case = list(tensors), p.case
+    return tensors, lambda *given: case.ours(provider, dict(zip(names, given, strict=True)))
+
+
 def check_fullgraph(provider, case, dtypes):
     p = numerics.problem(case, DTYPES[dtypes])
-    names = list(p.tensors)
-
-    def forward(*tensors):
-        return case.ours(provider, dict(zip(names, tensors, strict=True)))
-
+    tensors, forward = function_of(provider, p)
     traced = torch.compile(forward, fullgraph=True, backend="aot_eager")
 
     def run(function):
         torch.manual_seed(p.seed)
-        return p.run(lambda t: function(*t.values()), p.tensors)
+        return p.run(lambda t: function(*t.values()), tensors)
 
     with provider.active():
         eager, compiled = run(forward), run(traced)
@@ -111,34 +122,9 @@ def check_fullgraph(provider, case, dtypes):
         torch.testing.assert_close(compiled[name], eager[name], **tolerance, msg=name)
 
 
-@numerics.each(*STEPS[:3], only=("cpu", "triton"), every_isa=False)
-def test_dynamic_tokens_of_groups_and_blocks(provider, case):
-    check_dynamic_tokens(provider, case)
-
-
-@pytest.mark.slow
-@numerics.each(*STEPS[:3], only=("torch",))
-def test_dynamic_tokens_of_groups_and_blocks_of_torch(provider, case):
-    check_dynamic_tokens(provider, case)
-
-
-def check_dynamic_tokens(provider, case):
-    traced, first, graphs = None, 0, CompileCounterWithBackend("aot_eager")
-    with provider.active():
-        for tokens in (13, 7):
-            p = numerics.problem(replace(case, lead=(2, tokens)), DTYPES["f32"])
-            names = list(p.tensors)
-
-            def forward(*tensors, names=names):
-                return case.ours(provider, dict(zip(names, tensors, strict=True)))
-
-            traced = traced or torch.compile(forward, fullgraph=True, backend=graphs, dynamic=True)
-            eager = p.run(lambda t: numerics.call(p, provider, t), p.tensors)  # noqa: B023
-            torch.manual_seed(p.seed)
-            compiled = p.run(lambda t: traced(*t.values()), p.tensors)  # noqa: B023
-            assert_same(compiled, eager)
-            first = first or graphs.frame_count
-    assert graphs.frame_count == first, "one graph for every token count"
+@numerics.each(cases_lora_experts.STEP, only=("cpu", "torch"), every_isa=False)
+def test_fullgraph_of_experts_beside_float32_adapters(provider, case):
+    check_fullgraph(provider, case, "bf16_f32_adapters")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["kept", "dropped"])
@@ -221,8 +207,27 @@ def operator_calls():
             ):
                 yield ops.lora_linear_backward, (p.g, t["x"], t["W"], A, B, H, seed, *spec, needs, wide_dx)
     yield ops.dropout_mask, (draw_seed(1)[0], 5, 9, 0.3)
+    yield from experts_calls(ops)
     yield from block_calls(ops)
     yield from embedding_calls(ops)
+
+
+def experts_calls(ops):
+    T, k, E, K, N, r = 5, 2, 3, 12, 7, 4
+    routing = route_experts(torch.tensor([[0, 2], [2, 0], [0, 2], [2, 0], [2, 0]]), E)
+    x, g, W = torch.randn(T, K).bfloat16(), torch.randn(T * k, N).bfloat16(), torch.randn(E, N, K).bfloat16()
+    bias, A, B, H = torch.randn(E, N).bfloat16(), torch.randn(E, r, K), torch.randn(E, N, r), torch.randn(T * k, r)
+    where, spec = (routing.order, routing.counts, k), ([1, 3], [0.5, -1.0], False)
+    flat = A.flatten(0, 1), torch.randn(N, r * E)
+    yield ops.lora_experts, (x, W, bias, A, B, *where, *spec)
+    for few in (0, 16):
+        yield ops.lora_experts_infer, (x, W, bias, *([t] for t in flat), *where, [0.5], False, few)
+    for needs in ([True] * 4, [False, True, False, True], [True, False, True, False]):
+        yield ops.lora_experts_backward, (g, x, W, A, B, H, *where, *spec, needs)
+    full, low = (*routing, [1, 3], [0.5, -1.0], True, False, False), H.bfloat16()
+    yield ops.torch_lora_experts, (x, W, bias, A, flat[1], *full)
+    for needs in ([True] * 4, [False, True, True, False]):
+        yield ops.torch_lora_experts_backward, (g, x, W, bias, A, flat[1], low, *full, needs)
 
 
 def block_calls(ops):
@@ -257,7 +262,7 @@ def test_fake_kernels_promise_what_the_kernels_give():
     for op, arguments in operator_calls():
         real = op(*arguments)
         with FakeTensorMode() as mode:
-            fake = op(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments])
+            fake = op(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
         for r, f in zip(*(v if isinstance(v, tuple) else (v,) for v in (real, fake)), strict=True):
             assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride()), op
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_fast import native
 from peft_fast.ops import Adapter, dora_linear, dora_norm
@@ -37,6 +38,63 @@ def test_exact_keeps_the_float32_arithmetic_of_peft():
         for dtypes in ("bf16_f32_adapters", "f16_f32_adapters"):
             found = numerics.verdicts(numerics.Provider("torch"), case, dtypes, round_adapters=False, exact=True)
             assert not numerics.failures(found), (case.name, dtypes)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.4])
+def test_more_tokens_than_one_span(p):
+    """Both products run for some tokens at a time: the rows of the mask, of H and of Z go with them."""
+    if not native.load():
+        pytest.skip(native.reason())
+    M, K, N = 517, 24, 16500  # a span is 256 tokens
+    x, W = torch.randn(M, K), torch.randn(N, K)
+    adapter, m = Adapter(torch.randn(3, K), torch.randn(N, 3), 0.5, p), torch.rand(N) + 1
+    g, found = torch.randn(M, N), []
+    for backend in ("cpu", "torch"):
+        torch.manual_seed(3)
+        leaves = [t.clone().requires_grad_() for t in (x, adapter.A, adapter.B, m)]
+        y = dora_linear(leaves[0], W, None, Adapter(*leaves[1:3], 0.5, p), leaves[3], backend=backend)
+        found.append([y, *torch.autograd.grad(y, leaves, g)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
+
+
+SIZES = [(1, 1, 1), (13, 257, 17), (49, 513, 33), (131, 300, 40), (200, 256, 64)]
+
+
+@pytest.mark.parametrize("isa", numerics.isas())
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_norms_of_every_size(size, dtype, transposed, isa):
+    """Blocks of rows, stretches of columns and panels of A that are not full."""
+    N, K, r = size
+    A, B, W = torch.randn(r, K), torch.randn(N, r), torch.randn(N, K).to(dtype)
+    wide = torch.empty(K, N + 3) if transposed else torch.empty(N, K + 3)
+    stored = wide.to(dtype)[:, :-3].copy_(W.t() if transposed else W)
+    truth = torch.linalg.vector_norm(W.double() + 0.3 * (B.double() @ A.double()), dim=1)
+    with numerics.Provider("cpu", isa=isa).active():
+        norm = dora_norm(stored, Adapter(A, B, 0.3), transposed=transposed, backend="cpu")
+    assert ((norm - truth).abs() <= 4 * torch.finfo(torch.float32).eps * truth).all()
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.nn.Parameter])
+def test_the_compiled_norm_takes_parameters(kind):
+    """A model's W is one: what runs must not hang on the class."""
+    if not native.load():
+        pytest.skip(native.reason())
+    called = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.name())
+            return func(*args, **kwargs or {})
+
+    W, A, B = (kind(torch.randn(shape)) for shape in ((24, 32), (4, 32), (24, 4)))
+    for backend, expected in ((None, "peft_fast::dora_norm"), ("torch", "aten::linalg_vector_norm")):
+        called.clear()
+        with Log():
+            dora_norm(W, Adapter(A, B, 2.0), backend=backend)
+        assert expected in called and "peft_fast::torch_dora_norm" not in called
 
 
 NEAR = [0.0, 1e-2, 1e-4, 1e-6]

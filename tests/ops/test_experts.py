@@ -1,5 +1,7 @@
 """lora_experts: planted faults that the criterion must reject, gradients by finite differences, wrong input."""
 
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from peft_fast import native, ops
 from peft_fast.errors import DtypeError, PeftFastError, SettingsError, ShapeError
 from peft_fast.ops import Adapter, combine_experts, lora_experts, route_experts
-from peft_fast.ops.lora_experts import FEW, backends
+from peft_fast.ops.lora_experts import FEW
 from peft_fast.reference import lora_experts as reference
 from tests import cases_lora_experts, numerics
 from tests.cases_lora_experts import Case
@@ -16,6 +18,7 @@ from tests.cases_lora_experts import Case
 CROWDED = Case("crowded", T=150, k=2, E=3, K=259, N=189, ranks=(16,), bias=True, tokens=True)
 LOW = ("bf16", "bf16_f32_adapters")
 HONEST = numerics.Provider("torch", "accumulate")
+HALF = bool({"avx512_bf16", "amx"} & set(numerics.isas()))  # engines whose packed operands are bfloat16
 
 
 class Altered(torch.autograd.Function):
@@ -237,17 +240,20 @@ def test_no_adapter_and_trained_weights_are_the_definition():
     assert torch.autograd.grad(y.sum(), W)[0].abs().max() > 0
 
 
-FEWER = [c for c in cases_lora_experts.CASES if c.routing.counts.max() <= FEW and "g" not in c.layout]
+INFERRED = [c for c in cases_lora_experts.CASES if "g" not in c.layout]
+compiled = pytest.mark.skipif(not native.load(), reason=native.reason() or "live")
 
 
+@compiled
+@pytest.mark.parametrize("few", [0, 10**9], ids=["packed", "as_it_lies"])
 @pytest.mark.parametrize("dtypes", ["f32", "bf16", "bf16_f32_adapters"])
-@pytest.mark.parametrize("case", FEWER, ids=lambda c: c.name)
-def test_few_rows_without_gradients_are_no_less_accurate(case, dtypes, monkeypatch):
-    """As when generating: W is read as it lies, and no operand is packed."""
-    if not native.load():
-        pytest.skip(native.reason())
+@pytest.mark.parametrize("case", INFERRED, ids=lambda c: c.name)
+def test_inference_is_no_less_accurate(case, dtypes, few, monkeypatch):
+    """Without gradients adapters are read as PEFT keeps them, and W as it lies, or packed, whatever the rows."""
     monkeypatch.setattr(torch.ops.peft_fast, "lora_experts", None)
-    problems, stocks, truths = numerics.answers(case, dtypes, False)
+    monkeypatch.setattr(sys.modules[lora_experts.__module__], "FEW", few)
+    rounds = dtypes == "bf16_f32_adapters" and few == 0 and HALF
+    problems, stocks, truths = numerics.answers(case, dtypes, rounds)
     with torch.no_grad():
         outs = [{"y": numerics.call(p, numerics.Provider("cpu", "accumulate"))} for p in problems]
     only = [[{"y": one["y"]} for one in many] for many in (stocks, truths)]
@@ -255,25 +261,47 @@ def test_few_rows_without_gradients_are_no_less_accurate(case, dtypes, monkeypat
     assert all(p.untouched() for p in problems)
 
 
-def test_many_rows_or_a_gradient_take_the_other_way(monkeypatch):
-    if not native.load():
-        pytest.skip(native.reason())
-    calls = []
-    decode = backends["cpu"].decode
-    monkeypatch.setattr(backends["cpu"], "decode", lambda *args: calls.append(1) or decode(*args))
+@compiled
+@pytest.mark.parametrize("isa", numerics.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_rows_on_every_instruction_set_and_number_of_threads(isa, dtype):
+    case = Case("spread", T=40, k=2, E=7, K=130, N=389, ranks=(5, 33), scaling=(0.5, -2.0), bias=True, tokens=True)
+    problem = numerics.problem(case, cases_lora_experts.Dtypes(*[dtype] * 3))
+    expected = numerics.truth(problem)["y"]
+    threads, found = torch.get_num_threads(), []
+    with torch.no_grad(), numerics.Provider("cpu", isa=isa).active():
+        try:
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                found.append(numerics.call(problem, numerics.Provider("cpu")))
+        finally:
+            torch.set_num_threads(threads)
+    assert all(numerics.same_bits(found[0], y) for y in found)
+    bound = 2e-6 if dtype == torch.float32 else 0.02
+    assert (found[0].double() - expected).abs().max() < bound * expected.abs().max()
+
+
+@compiled
+def test_what_is_read_as_it_lies(monkeypatch):
+    """Few rows an expert and no gradient; one row more, or a gradient, takes packed operands."""
+    seen = []
+    ops_of = torch.ops.peft_fast
+    infer = ops_of.lora_experts_infer.default
+    spy = types.SimpleNamespace(default=lambda *args: seen.append(args[-1]) or infer(*args))
+    monkeypatch.setattr(ops_of, "lora_experts_infer", spy)
     A, B, W = torch.randn(6, 5), torch.randn(4, 6), torch.randn(3, 4, 5)
 
     def run(rows, A=A):
         routing = route_experts(torch.arange(rows).view(-1, 1) % 2, 3)
-        calls.clear()
+        seen.clear()
         y = lora_experts(torch.ones(rows, 5), W, routing, None, [Adapter(A, B)], backend="cpu")
-        return bool(calls), y
+        return list(seen), y
 
-    few, y = run(2 * FEW)
-    assert few and not run(2 * FEW + 1)[0] and not run(0)[0]
-    wanted, same = run(2 * FEW, A.clone().requires_grad_())
-    assert not wanted and same.requires_grad
-    torch.testing.assert_close(y, same.detach())
+    for rows in (0, 1, 2 * FEW, 2 * FEW + 1):
+        wanted, same = run(rows, A.clone().requires_grad_())
+        calls, y = run(rows)
+        assert calls == [FEW] and not wanted and (same.requires_grad or not rows)
+        torch.testing.assert_close(y, same.detach())
 
 
 WRONG = {

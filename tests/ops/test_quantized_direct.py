@@ -38,6 +38,27 @@ class Bytes(NamedTuple):
         return Codes(self.values, self.scales, None, self.zeros, self.block)
 
 
+class Planes(NamedTuple):
+    """Unsigned values, 8/bits a byte that lie far apart, less a zero, rounded, times a scale, rounded."""
+
+    values: torch.Tensor  # (n,) uint8, below 2**bits
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    bits: int
+    block: int
+    shape: tuple[int, int]
+
+    def dense(self, dtype):
+        q, s, z = self.values.float().view(-1, self.block), self.scales.view(-1, 1), self.zeros.view(-1, 1)
+        return ((q - z).to(dtype).float() * s).to(dtype).view(self.shape)
+
+    def codes(self, dtype):
+        data = torch.zeros(self.values.numel() * self.bits // 8, dtype=torch.uint8)
+        for plane in self.values.view(8 // self.bits, -1):
+            data = (data << self.bits if self.bits < 8 else data) | plane
+        return Codes(data, self.scales, None, self.zeros, self.block)
+
+
 class Kept:
     """A weight that nobody may make dense; ``change`` plants a fault in its codes."""
 
@@ -59,6 +80,15 @@ def in_bytes(shape, block, zeros=False):
     return Bytes(values, torch.rand(blocks) * 0.01, zeros, block)
 
 
+def in_planes(shape, bits, blocks=1):
+    """``blocks``: in each row of the planes, which are as many rows."""
+    shape = shape[0] * 8 // bits, shape[1]
+    block = shape[1] if blocks == 1 else shape[0] * shape[1] * bits // 8
+    n = math.prod(shape)
+    scales, zeros = torch.rand(n // block) * 0.01, torch.randn(n // block) * 2**bits
+    return Planes(torch.randint(2**bits, (n,), dtype=torch.uint8), scales, zeros, bits, block, shape)
+
+
 KINDS = {
     "nf4": lambda shape: write(torch.randn(shape)),
     "nf4 nested, blocks of 32": lambda shape: write(torch.randn(shape), NF4, 32, True),
@@ -68,6 +98,11 @@ KINDS = {
     "rows of int8": lambda shape: in_bytes(shape, shape[1]),
     "one scale": lambda shape: in_bytes(shape, math.prod(shape)),
     "groups with zeros": lambda shape: in_bytes(shape, 32, zeros=True),
+    "planes of 8 bits": lambda shape: in_planes(shape, 8),
+    "planes of 4 bits": lambda shape: in_planes(shape, 4),
+    "planes of 2 bits": lambda shape: in_planes(shape, 2),
+    "planes of 1 bit": lambda shape: in_planes(shape, 1),
+    "a block a plane": lambda shape: in_planes(shape, 4, None),
 }
 # N, K: below a tile, odd rows that share a byte, several strips of both directions
 SHAPES = [(1, 1), (5, 7), (33, 131), (70, 300), (300, 70), (520, 600)]
@@ -92,7 +127,7 @@ def test_the_bits_of_a_dense_weight(kind, provider):
         torch.manual_seed(shape[0])
         W = KINDS[kind](shape)
         for M, dtype in ((1, torch.bfloat16), (37, torch.bfloat16), (37, torch.float32)):
-            given, kept = problem(shape, M, dtype), Kept(W)
+            given, kept = problem(W.shape, M, dtype), Kept(W)
             with provider.active():
                 expected = run(lora_linear, W.dense(dtype), *given, backend="cpu")
                 got = run(lora_quantized, kept, *given, backend="cpu")
@@ -119,6 +154,25 @@ def test_planted_faults_are_seen(fault):
     assert not torch.equal(y, expected[0]) and not torch.equal(dx, expected[1])
 
 
+PLANES = {
+    "halves swapped": lambda c: c._replace(data=c.data << 4 | c.data >> 4),
+    "the next block's scale": lambda c: c._replace(scales=c.scales.roll(-1)),
+    "the next block's zero": lambda c: c._replace(zeros=c.zeros.roll(-1)),
+    "the last scale": lambda c: c._replace(scales=torch.cat((c.scales[:-1], c.scales[-1:] * 1.01))),
+    "a zero a little off": lambda c: c._replace(zeros=c.zeros * (1 + 2**-12)),
+}
+
+
+@pytest.mark.parametrize("fault", PLANES)
+def test_faults_in_planes_are_seen(fault):
+    torch.manual_seed(0)
+    W = in_planes((33, 130), 4)
+    given = problem(W.shape, 19, torch.bfloat16)
+    y, dx, *_ = run(lora_linear, W.dense(torch.bfloat16), *given)
+    got = run(lora_quantized, Kept(W, PLANES[fault]), *given, backend="cpu")
+    assert not torch.equal(y, got[0]) and not torch.equal(dx, got[1])
+
+
 def test_forgotten_zeros_are_seen():
     W, given = in_bytes((33, 128), 32, zeros=True), problem((33, 128), 19, torch.float32)
     expected = run(lora_linear, W.dense(torch.float32), *given)
@@ -136,6 +190,17 @@ def test_any_number_of_threads(threads):
         got = run(lora_quantized, Kept(W), *given, backend="cpu")
     finally:
         torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(512, 6200), (6200, 512)], ids=str)
+def test_a_weight_packed_in_layers(shape, dtype):
+    """So deep that a product packs it in several goes, of which only the first begins with the weight."""
+    torch.manual_seed(0)
+    W, given = in_bytes(shape, 64, zeros=True), problem(shape, 3, dtype)
+    expected = run(lora_linear, W.dense(dtype), *given, backend="cpu")
+    got = run(lora_quantized, Kept(W), *given, backend="cpu")
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
@@ -196,6 +261,33 @@ def test_what_does_not_fit_is_refused():
             torch.ops.peft_fast.lora_quantized(x, like, *c._replace(**wrong), None, A, B, None, [5], [1.0], [0.0])
 
 
+WRONG = {
+    "signed": lambda c: c._replace(data=c.data.char()),
+    "a scale less": lambda c: c._replace(scales=c.scales[:-1]),
+    "a zero less": lambda c: c._replace(zeros=c.zeros[:-1]),
+    "zeros of more digits": lambda c: c._replace(zeros=c.zeros.double()),
+    "a block over the end of a plane": lambda c: c._replace(block=60, scales=c.scales[:5], zeros=c.zeros[:5]),
+    "three planes": lambda c: c._replace(data=c.data[:100]),
+    "a byte less": lambda c: c._replace(data=c.data[:-1]),
+    "every second byte": lambda c: c._replace(data=c.data.repeat_interleave(2)[::2]),
+    "a meaning too": lambda c: c._replace(meaning=torch.zeros(16)),
+    "blocks of none": lambda c: c._replace(block=0),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_planes_that_do_not_fit_are_refused(wrong):
+    W = in_planes((3, 50), 4)
+    x, A, B, _ = problem(W.shape, 3, torch.float32)
+
+    def call(codes):
+        torch.ops.peft_fast.lora_quantized(x, torch.empty(W.shape), *codes, None, A, B, None, [5], [1.0], [0.0])
+
+    call(W.codes(torch.float32))
+    with pytest.raises(RuntimeError, match="codes and scales"):
+        call(WRONG[wrong](W.codes(torch.float32)))
+
+
 @pytest.mark.parametrize("op", ["nf4", "nf4_scales", "lora_quantized", "lora_quantized_backward"])
 def test_opcheck(op):
     W = write(torch.randn(6, 50), nested=True)
@@ -215,8 +307,10 @@ def test_opcheck(op):
 @pytest.mark.parametrize("provider", numerics.providers("nf4"))
 def test_special_scales(provider):
     """Scales that are infinite, no number, zero or denormal mean what the definition says."""
-    W = write(torch.randn(4, 64))
-    W = W._replace(absmax=torch.tensor([float("inf"), float("nan"), 0.0, 1e-40]))
+    W = write(torch.randn(6, 64))
+    W = W._replace(absmax=torch.tensor([float("inf"), float("nan"), 0.0, 1e-40, 0.0, 0.0]))
+    # no numbers of which a rounding like any other would make a zero
+    W.absmax.view(torch.int32)[4:] = torch.tensor([2**31 - 1, -1], dtype=torch.int32)
     for dtype in (torch.float32, torch.bfloat16):
         with provider.active():
             got = nf4.dequantize(W, dtype, backend=provider.backend)

@@ -21,6 +21,10 @@ def register() -> None:
     torch.library.register_fake("peft_fast::lora_embedding_backward", _lora_embedding_backward)
     torch.library.register_fake("peft_fast::lora_decode", _lora_decode)
     torch.library.register_fake("peft_fast::lora_mixed", _lora_mixed)
+    torch.library.register_fake("peft_fast::lora_experts", _lora_experts)
+    torch.library.register_fake("peft_fast::lora_experts_infer", _lora_experts_infer)
+    torch.library.register_fake("peft_fast::lora_experts_backward", _lora_experts_backward)
+    torch.library.register_fake("peft_fast::dora_norm", _dora_norm)
     torch.library.register_fake("peft_fast::dora_linear", _dora_linear)
     torch.library.register_fake("peft_fast::dora_linear_backward", _dora_linear_backward)
     torch.library.register_fake("peft_fast::nf4", _nf4)
@@ -113,6 +117,10 @@ def _lora_quantized_backward(
     return _lora_linear_backward(g, x, W, A, B, H, seed, ranks, scalings, ps, False, needs, wide_dx)
 
 
+def _dora_norm(W, A, B, scaling, transposed):
+    return W.new_empty(B.shape[0], dtype=torch.float32)
+
+
 def _dora_linear(x, W, bias, A, B, c, seed, scaling, p, transposed, keep, packed=None):
     M, N = _rows(x), W.shape[1 if transposed else 0]
     half = x.dtype == torch.bfloat16 and torch.ops.peft_fast.isa() in ("avx512_bf16", "amx")
@@ -120,12 +128,27 @@ def _dora_linear(x, W, bias, A, B, c, seed, scaling, p, transposed, keep, packed
     return x.new_empty(*x.shape[:-1], N), x.new_empty(M, A.shape[0], dtype=torch.float32), z
 
 
-def _dora_linear_backward(g, x, W, A, B_c, c, H, Z, seed, scaling, p, transposed, needs, wide_dx, packed=None):
-    N = B_c.shape[0]
+def _dora_linear_backward(g, x, W, A, B, c, H, Z, seed, scaling, p, transposed, needs, wide_dx, packed=None):
+    N = B.shape[0]
     dx = x.new_empty(x.shape if needs[0] else (0,), dtype=torch.float32 if wide_dx else x.dtype)
-    dA, dB = A.new_empty(A.shape[0] if needs[2] else 0, A.shape[1]), B_c.new_empty(N if needs[3] else 0, B_c.shape[1])
+    dA, dB = A.new_empty(A.shape[0] if needs[2] else 0, A.shape[1]), B.new_empty(N if needs[3] else 0, B.shape[1])
     dbias, dm = (x.new_empty(N if need else 0, dtype=torch.float32) for need in (needs[1], needs[4]))
     return dx, dA, dB, dbias, dm
+
+
+def _lora_experts(x, W, bias, A, B, order, counts, k, ranks, scalings, transposed):
+    S = order.shape[0]
+    return x.new_empty(S, B.shape[1]), x.new_empty(S, A.shape[1], dtype=torch.float32)
+
+
+def _lora_experts_infer(x, W, bias, As, Bs, order, counts, k, scalings, transposed, few):
+    return x.new_empty(order.shape[0], W.shape[2 if transposed else 1])
+
+
+def _lora_experts_backward(g, x, W, A, B, H, order, counts, k, ranks, scalings, transposed, needs):
+    dx = x.new_empty((order.shape[0], x.shape[1]) if needs[0] else (0,))
+    dA, dB = (t.new_empty(t.shape if need else (0,)) for t, need in zip((A, B), needs[1:3], strict=True))
+    return dx, dA, dB, x.new_empty((W.shape[0], g.shape[1]) if needs[3] else (0,), dtype=torch.float32)
 
 
 def _rows(x):

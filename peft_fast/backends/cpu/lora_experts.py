@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# modules, not their names: whoever imports them first imports this one halfway
-from peft_fast.backends.cpu import lora_decode
+# a module, not its names: whoever imports it first imports this one halfway
 from peft_fast.backends.torch import lora_experts as vendor
 
 
@@ -14,16 +13,24 @@ def forward(x, W, bias, A, B, routing, spec):
     return torch.ops.peft_fast.lora_experts(x, W, bias, A, vendor.by_expert(B, A.shape[0]), *_plain(routing, spec))
 
 
-def decode(x, W, bias, adapters, routing, tokens, transposed):
-    """The same for few rows an expert and no gradients: W_e is read once, as it lies in memory."""
-    counts, E = routing.counts.tolist(), W.shape[0]
-    x = x.index_select(0, routing.order // routing.k) if tokens else x
-    ys = []
-    for e, rows in enumerate(x.split(counts)):
-        if rows.shape[0]:
-            own = [a._replace(A=a.A.unflatten(0, (E, -1))[e], B=a.B[:, e::E]) for a in adapters]
-            ys.append(lora_decode.forward(rows, W[e], None if bias is None else bias[e], own, transposed))
-    return torch.cat(ys)
+def infer(x, W, bias, adapters, routing, tokens, transposed, few):
+    """The same without gradients, of A (E·r, K) and B (N, r·E) as they are kept: one call for all experts.
+
+    W is read once, as it lies in memory, where no expert has more than ``few`` rows.
+    """
+    return torch.ops.peft_fast.lora_experts_infer.default(
+        x,
+        W,
+        bias,
+        [a.A for a in adapters],
+        [a.B for a in adapters],
+        routing.order,
+        routing.counts,
+        routing.k if tokens else 0,
+        [a.scaling for a in adapters],
+        transposed,
+        few,
+    )
 
 
 def backward(g, x, W, bias, A, B, H, routing, spec, needs):

@@ -6,16 +6,45 @@ base GEMM adds into what the adapter wrote, in float32 at least.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+from peft_fast.backends.operators import define, traced
 
 # a module, not its names: whoever imports it first imports this one halfway
 from peft_fast.backends.torch import lora_linear as vendor
+from peft_fast.ops.spec import ExpertsSpec, Routing
+
+_ROUTING = "Tensor order, Tensor inverse, Tensor counts, SymInt k"
+_SPEC = "int[] ranks, float[] scalings, bool tokens, bool transposed, bool exact"
+_FORWARD = f"(Tensor x, Tensor W, Tensor? bias, Tensor A, Tensor B, {_ROUTING}, {_SPEC}) -> (Tensor, Tensor)"
+_BACKWARD = (
+    f"(Tensor g, Tensor x, Tensor W, Tensor? bias, Tensor A, Tensor B, Tensor H, {_ROUTING}, {_SPEC}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def forward(x, W, bias, A, B, routing, spec):
     """x (S, K), or (T, K) if tokens, W, bias (E, N) | None, A (E, R, K), B (N, R·E) -> y (S, N), H (S, R)."""
+    if traced(x):
+        return torch.ops.peft_fast.torch_lora_experts(x, W, bias, A, B, *routing, *plain(spec))
+    return run_forward(x, W, bias, A, B, routing, spec)
+
+
+def backward(g, x, W, bias, A, B, H, routing, spec, needs):
+    """g (S, N) -> dx, dbias, dA, dB; None where ``needs`` (x, bias, A, B) says so."""
+    if traced(x):
+        run = torch.ops.peft_fast.torch_lora_experts_backward
+        grads = run(g, x, W, bias, A, B, H, *routing, *plain(spec), list(needs))
+        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return run_backward(g, x, W, bias, A, B, H, routing, spec, needs)
+
+
+def run_forward(x, W, bias, A, B, routing, spec):
+    """What the operator does: the counts are looked at, which compiled code cannot."""
     with vendor.no_autocast(x.device.type):
-        low = low_dtype(x, A, spec)
+        low = low_dtype(x, spec)
         y = x.new_empty(routing.order.shape[0], B.shape[0])
         x, A, B = rows(x, routing, spec).to(low), A.to(low), by_expert(B.to(low), A.shape[0])
         H = x.new_empty(x.shape[0], A.shape[1])
@@ -27,10 +56,10 @@ def forward(x, W, bias, A, B, routing, spec):
     return y, H
 
 
-def backward(g, x, W, bias, A, B, H, routing, spec, needs):
-    """g (S, N) -> dx, dbias, dA, dB; None where ``needs`` (x, bias, A, B) says so."""
+def run_backward(g, x, W, bias, A, B, H, routing, spec, needs):
+    """The same for backward."""
     with vendor.no_autocast(x.device.type):
-        low, tokens = low_dtype(x, A, spec), x.shape[0]
+        low, tokens = low_dtype(x, spec), x.shape[0]
         dx = x.new_empty(g.shape[0], x.shape[1]) if needs[0] else None
         dbias = torch.zeros_like(bias) if needs[1] else None
         # experts without tokens have zeros
@@ -91,7 +120,12 @@ class Side:
         torch.mm(left, wide, out=out) if bias is None else torch.addmm(bias, left, wide, out=out)
 
 
-def low_dtype(x, A, spec):
+def plain(spec):
+    """What an operator takes of a spec."""
+    return spec.ranks, spec.scalings, spec.tokens, spec.transposed, spec.exact
+
+
+def low_dtype(x, spec):
     """The dtype of all products: float16 ends at 6e-8, so float32 stands for it."""
     return x.dtype if x.dtype == torch.bfloat16 and not spec.exact else torch.promote_types(x.dtype, torch.float32)
 
@@ -144,3 +178,33 @@ def shrink(x, A, spec, out):
     parts = zip(A.split(spec.ranks, 1), out.split(spec.ranks, 1), spec.scalings, strict=True)
     for a, o, s in parts:
         o.copy_(vendor.mm(x, a, s))
+
+
+def define_as(backend: str, run: Callable, run_back: Callable, low_of: Callable) -> None:
+    """Both operators of a backend in Python; run and run_back take what its forward and backward do."""
+
+    def spec_of(options):
+        return ExpertsSpec(*options, backend)
+
+    def forward_op(x, W, bias, A, B, order, inverse, counts, k, *options):
+        return run(x, W, bias, A, B, Routing(order, inverse, counts, k), spec_of(options))
+
+    def backward_op(g, x, W, bias, A, B, H, order, inverse, counts, k, *options):
+        *options, needs = options
+        grads = run_back(g, x, W, bias, A, B, H, Routing(order, inverse, counts, k), spec_of(options), needs)
+        # an operator returns tensors only, and its fake promises contiguous ones
+        return tuple(x.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+    def forward_fake(x, W, bias, A, B, order, inverse, counts, k, *options):
+        S, low = order.shape[0], low_of(x, spec_of(options))
+        return x.new_empty(S, B.shape[0]), x.new_empty(S, A.shape[1], dtype=low)
+
+    def backward_fake(g, x, W, bias, A, B, H, order, inverse, counts, k, *options):
+        wanted = zip((x, bias, A, B), options[-1], strict=True)
+        return tuple(t.new_empty(t.shape) if need else x.new_empty(0) for t, need in wanted)
+
+    define(f"{backend}_lora_experts", _FORWARD, forward_op, forward_fake)
+    define(f"{backend}_lora_experts_backward", _BACKWARD, backward_op, backward_fake)
+
+
+define_as("torch", run_forward, run_backward, low_dtype)

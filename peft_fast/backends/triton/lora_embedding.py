@@ -17,8 +17,8 @@ from peft_fast.ops.spec import EmbeddingSpec
 
 _FORWARD = "(Tensor ids, Tensor W, Tensor A, Tensor B, Tensor? scale, float scaling) -> (Tensor, Tensor)"
 _BACKWARD = (
-    "(Tensor g, Tensor ids, Tensor A, Tensor B, Tensor H, Tensor? scale, float scaling, int padding_idx, bool[] needs)"
-    " -> (Tensor, Tensor)"
+    "(Tensor g, Tensor ids, Tensor A, Tensor B, Tensor H, Tensor? scale, float scaling, SymInt padding_idx,"
+    " bool[] needs) -> (Tensor, Tensor)"
 )
 
 

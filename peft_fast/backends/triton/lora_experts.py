@@ -7,40 +7,34 @@ from __future__ import annotations
 
 import torch
 
-from peft_fast.backends.operators import define, traced
+from peft_fast.backends.operators import traced
 from peft_fast.backends.torch import lora_experts as otherwise
 from peft_fast.backends.torch.lora_linear import dense_rows, no_autocast
 from peft_fast.backends.triton import tuning
 from peft_fast.backends.triton.guard import guarded
 from peft_fast.backends.triton.lora_linear import MOST_ADAPTERS, takes_tf32
-from peft_fast.ops.spec import ExpertsSpec, Routing
-
-_ROUTING = "Tensor order, Tensor inverse, Tensor counts, int k"
-_SPEC = "int[] ranks, float[] scalings, bool tokens, bool transposed"
-_FORWARD = f"(Tensor x, Tensor W, Tensor? bias, Tensor A, Tensor B, {_ROUTING}, {_SPEC}) -> (Tensor, Tensor)"
-_BACKWARD = (
-    f"(Tensor g, Tensor x, Tensor W, Tensor? bias, Tensor A, Tensor B, Tensor H, {_ROUTING}, {_SPEC}, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def forward(x, W, bias, A, B, routing, spec):
     """x (S, K), or (T, K) if tokens, W, bias (E, N) | None, A (E, R, K), B (N, R·E) -> y (S, N), H (S, R)."""
-    run = torch.ops.peft_fast.triton_lora_experts if traced(x) else _forward_op
-    return run(x, W, bias, A, B, *routing, *_plain(spec))
+    if traced(x):
+        return torch.ops.peft_fast.triton_lora_experts(x, W, bias, A, B, *routing, *otherwise.plain(spec))
+    return _forward(x, W, bias, A, B, routing, spec)
 
 
 def backward(g, x, W, bias, A, B, H, routing, spec, needs):
     """g (S, N) -> dx, dbias, dA, dB; None where ``needs`` (x, bias, A, B) says so."""
-    run = torch.ops.peft_fast.triton_lora_experts_backward if traced(x) else _backward_op
-    grads = run(g, x, W, bias, A, B, H, *routing, *_plain(spec), list(needs))
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+    if traced(x):
+        run = torch.ops.peft_fast.triton_lora_experts_backward
+        grads = run(g, x, W, bias, A, B, H, *routing, *otherwise.plain(spec), list(needs))
+        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return _backward(g, x, W, bias, A, B, H, routing, spec, needs)
 
 
 def run_forward(x, W, bias, A, B, routing, spec):
     """What the operator does, on real or meta tensors."""
     x, tf32, tiles = dense_rows(x), takes_tf32(x), tuning.load(x.device.index or 0)
-    low = torch.float32 if x.dtype == torch.float16 else x.dtype
+    low = _low(x, spec)
     sources = _sources(routing, spec)
     H = x.new_empty(routing.order.shape[0], 0, dtype=low)
     if spec.ranks:
@@ -88,10 +82,6 @@ def _sources(routing, spec):
     return routing.order // max(routing.k, 1) if spec.tokens else None
 
 
-def _plain(spec):
-    return spec.ranks, spec.scalings, spec.tokens, spec.transposed
-
-
 def _vendors(x, W, ranks):
     """Calls that need no kernel of ours: nothing to compute, or too many adapters."""
     return not (x.numel() and W.numel()) or len(ranks) > MOST_ADAPTERS
@@ -101,44 +91,32 @@ def _signature(what, x, W, A, spec):
     return what, x.device, x.dtype, A.dtype, tuple(W.shape), tuple(spec.ranks), spec.tokens, spec.transposed
 
 
-def _forward_op(x, W, bias, A, B, order, inverse, counts, k, ranks, scalings, tokens, transposed):
-    spec = ExpertsSpec(ranks, scalings, tokens, transposed, False, "triton")
-    tensors = x, W, bias, A, B, Routing(order, inverse, counts, k), spec
+def _forward(*tensors):
+    x, W, _, A, _, _, spec = tensors
     with no_autocast(x.device.type):
-        if _vendors(x, W, ranks):
-            return otherwise.forward(*tensors)
+        if _vendors(x, W, spec.ranks):
+            return otherwise.run_forward(*tensors)
         return guarded(
             _signature("lora_experts' forward", x, W, A, spec),
             lambda: run_forward(*tensors),
-            lambda: otherwise.forward(*tensors),
+            lambda: otherwise.run_forward(*tensors),
         )
 
 
-def _backward_op(g, x, W, bias, A, B, H, order, inverse, counts, k, ranks, scalings, tokens, transposed, needs):
-    spec = ExpertsSpec(ranks, scalings, tokens, transposed, False, "triton")
-    tensors = g, x, W, bias, A, B, H, Routing(order, inverse, counts, k), spec, needs
+def _backward(*tensors):
+    _, x, W, _, A, _, _, _, spec, _ = tensors
     with no_autocast(x.device.type):
-        if _vendors(x, W, ranks):
-            grads = otherwise.backward(*tensors)
-        else:
-            grads = guarded(
-                _signature("lora_experts' backward", x, W, A, spec),
-                lambda: run_backward(*tensors),
-                lambda: otherwise.backward(*tensors),
-            )
-    # an operator returns tensors only, and its fake promises contiguous ones
-    return tuple(x.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+        if _vendors(x, W, spec.ranks):
+            return otherwise.run_backward(*tensors)
+        return guarded(
+            _signature("lora_experts' backward", x, W, A, spec),
+            lambda: run_backward(*tensors),
+            lambda: otherwise.run_backward(*tensors),
+        )
 
 
-def _forward_fake(x, W, bias, A, B, order, inverse, counts, k, ranks, scalings, tokens, transposed):
-    S, low = order.shape[0], torch.float32 if x.dtype == torch.float16 else x.dtype
-    return x.new_empty(S, B.shape[0]), x.new_empty(S, A.shape[1], dtype=low)
+def _low(x, spec):
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-def _backward_fake(g, x, W, bias, A, B, H, order, inverse, counts, k, ranks, scalings, tokens, transposed, needs):
-    like = x, bias, A, B
-    return tuple(t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(like, needs, strict=True))
-
-
-define("triton_lora_experts", _FORWARD, _forward_op, _forward_fake)
-define("triton_lora_experts_backward", _BACKWARD, _backward_op, _backward_fake)
+otherwise.define_as("triton", _forward, _backward, _low)

@@ -9,8 +9,8 @@ from peft_fast.backends.torch import nf4 as otherwise
 from peft_fast.backends.triton.guard import guarded
 
 _SCHEMA = (
-    "(Tensor data, Tensor absmax, Tensor code, int size, int N, int K, Tensor? inner, Tensor? outer, Tensor? offset,"
-    " int inner_size, ScalarType dtype) -> Tensor"
+    "(Tensor data, Tensor absmax, Tensor code, SymInt size, SymInt N, SymInt K, Tensor? inner, Tensor? outer,"
+    " Tensor? offset, SymInt inner_size, ScalarType dtype) -> Tensor"
 )
 
 
