@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from peft_fast import settings
 from peft_fast.ops import Sibling, prepare
-from peft_fast.ops.lora_decode import MOST, TURNED, kernel, most
+from peft_fast.ops.lora_decode import MOST, TURNED, kernel, look, most
 from peft_fast.patch import alike, ledger, plan
 
 DTYPES = (torch.float32, torch.bfloat16)
 LATE = ("cuda",)
+KINDS = (nn.Linear, nn.Identity, nn.Dropout, nn.Parameter, torch.strided)
 
 
 def run(layer: nn.Module, x: Tensor) -> Tensor | None:
@@ -70,6 +71,11 @@ def adapters(layer: nn.Module, names: Iterable[str], dtype: torch.dtype) -> tupl
     modules, variants, scaling_of = layer._modules, layer.lora_variant, layer.scaling
     loras_A, loras_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     dropouts = modules["lora_dropout"]._modules
+    # a batch may name dozens: the compiled look at them asks the same, and takes what needs no second thought
+    if not variants and (common := look()) is not None:
+        found = common(loras_A, loras_B, dropouts, scaling_of, names, KINDS)
+        if found is not None and (not found[0] or _computed(found[0][0].dtype, dtype, layer)):
+            return found
     As, Bs, biases, scalings, kind = [], [], [], [], None
     for name in names:
         if (lora_A := loras_A.get(name)) is None:
@@ -86,7 +92,7 @@ def adapters(layer: nn.Module, names: Iterable[str], dtype: torch.dtype) -> tupl
         if A.dtype is not kind:
             # adapters have one dtype: the first one's
             kind = A.dtype if kind is None else None
-            if not (kind is dtype or (kind is torch.float32 and layer.cast_input_dtype_enabled)):
+            if not _computed(kind, dtype, layer):
                 return None
         if B.dtype is not kind or B.shape[1] != A.shape[0] or not (A.is_cpu and B.is_cpu):
             return None
@@ -101,6 +107,11 @@ def adapters(layer: nn.Module, names: Iterable[str], dtype: torch.dtype) -> tupl
         biases.append(low_bias)
         scalings.append(scaling)
     return As, Bs, biases, scalings
+
+
+def _computed(kind: torch.dtype | None, dtype: torch.dtype, layer: nn.Module) -> bool:
+    """Are adapters of ``kind`` computed as they are behind a base of ``dtype``?"""
+    return kind is dtype or (kind is torch.float32 and layer.cast_input_dtype_enabled)
 
 
 def late(x: Tensor, own: Sibling) -> bool:

@@ -135,6 +135,13 @@ def _scale(base: nn.Module, W: Tensor) -> float | Tensor | str | None:
     return f"the base layer is a {kind.__name__} with a forward of its own"
 
 
+def known(kind: type) -> bool:
+    """Does a class of embeddings look its vectors up and scale them, and nothing else?"""
+    if kind not in _forms:
+        note(kind)
+    return kind is nn.Embedding or bool(_forms[kind])
+
+
 def note(kind: type) -> None:
     """Reads the forward of a class of embeddings, which compiled code cannot do."""
     _forms[kind] = _scaled_by(kind)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_fast import dispatch, settings
-from peft_fast.ops import Adapter, combine_experts, lora_experts, route_experts
+from peft_fast.ops import Adapter, combine_experts, lora_experts, prepare, route_experts
 from peft_fast.ops.checks import FLOATS, MAX_RANK
 from peft_fast.patch import ledger, plan
 from peft_fast.patch.marks import wanted
@@ -99,6 +99,8 @@ def forward(self, x, *args, **kwargs):
 def run(found: Plan, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
     """transformers' grouped_mm_experts_forward, its products with adapters."""
     base, up, down, _ = found
+    if not torch.is_grad_enabled() and prepare.adds_nothing(x, [*up.adapters, *down.adapters]):
+        return base(x, experts, weights)
     options = {"transposed": base.is_transposed, "exact": settings.get().exact}
     routing = route_experts(experts, up.W.shape[0])
     h = lora_experts(x, up.W, routing, up.bias, up.adapters, tokens=True, **options)

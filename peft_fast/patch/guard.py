@@ -11,7 +11,7 @@ import torch
 
 from peft_fast import settings
 from peft_fast.ops import lora_decode, lora_linear
-from peft_fast.patch import decode, dora, groups, ledger, mixed, plan
+from peft_fast.patch import decode, dora, groups, ledger, mixed, plan, quantized
 from peft_fast.patch.marks import wanted
 
 
@@ -34,6 +34,8 @@ def forward(self, x, *args, **kwargs):
     # compiled code sees all layers at once: it needs nobody to remember what one of them computed for another
     grouped = not compiling and settings.get().groups
     layer = plan.refuse_call(args, kwargs) or dora.plan_of(self) or plan.plan_of(self)
+    if type(layer) is str and not compiling and quantized.takes(self):
+        return quantized.forward(self, x, *args, **kwargs)
     if type(layer) is dora.Plan:
         return dora.run(self, x, layer)
     if grouped and type(layer) is not str and (y := groups.take(self, x, layer)) is not None:

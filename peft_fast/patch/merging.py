@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_fast.errors import UnsupportedError, fail
-from peft_fast.patch import plan
+from peft_fast.patch import alike, embedding, plan
 from peft_fast.patch.known import require_peft
 from peft_fast.patch.marks import innermost
 from peft_fast.patch.summary import some_lora_layers
@@ -122,15 +122,42 @@ def _why_not(layer: nn.Module) -> str:
             return f"{type(variant).__name__} cannot be merged into one weight"
         if layer.lora_bias.get(name) and base._parameters.get("bias") is None:
             return "lora_bias=True beside a base layer without a bias"
-    if getattr(base, "groups", 1) > 1 and isinstance(base, nn.modules.conv._ConvNd):
-        return "PEFT does not merge convolutions with groups"
+    if isinstance(base, nn.modules.conv._ConvNd) and (why := _unlike_its_adapter(base)):
+        return why
     for name in _targets(layer):
         parameter = base._parameters.get(name)
         if not isinstance(parameter, nn.Parameter) or not plan.plain(parameter) or not parameter.is_floating_point():
             return f"its {name} is not a plain dense parameter (quantized, sharded, parametrized)"
         if parameter.is_meta:
             return f"its {name} is offloaded"
+    if type(layer) is not lora.ParamWrapper and not _linear_in_its_weight(base):
+        return f"its {type(base).__name__} does more to a weight than multiply by it"
     return ""
+
+
+def _unlike_its_adapter(base: nn.modules.conv._ConvNd) -> str:
+    """Why no one kernel is a convolution and PEFT's adapter of it, which has its kernel size, stride and padding."""
+    if base.groups > 1:
+        return "PEFT does not merge convolutions with groups"
+    wide = any(size > 1 for size in base.kernel_size)
+    if wide and any(step > 1 for step in base.dilation):
+        return "the adapter of a dilated convolution is not dilated"
+    padded = wide if base.padding == "same" else base.padding != "valid" and any(base.padding)
+    if padded and base.padding_mode != "zeros":
+        return f"the adapter pads with zeros, the convolution by {base.padding_mode}"
+    if isinstance(base, nn.Conv3d) and base.kernel_size[:2] == (1, 1):
+        return "PEFT does not merge kernels of 1 × 1 × n"
+    return ""
+
+
+def _linear_in_its_weight(base: nn.Module) -> bool:
+    """Does the base layer's result for W + ΔW add what the adapter adds? Its class may do more to the weight."""
+    kind = type(base)
+    if isinstance(base, nn.Embedding):
+        return base.max_norm is None and embedding.known(kind)
+    if isinstance(base, nn.modules.conv._ConvNd):
+        return kind.forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    return kind is plan.Conv1D or alike.linear(kind)
 
 
 def _targets(layer: nn.Module) -> list[str]:

@@ -1,7 +1,8 @@
 """Mixed batches: ``adapter_names`` gives each row of a batch an adapter of its own, or none ("__base__").
 
 PEFT's mixin loops over the adapters of the batch; here all of them are one pass behind the base layer's own call, so
-that rows without an adapter keep its bits. Whatever PEFT refuses, it refuses by itself: the call goes to it.
+that rows without an adapter keep its bits, or few tokens one pass with it. Whatever PEFT refuses, it refuses by itself:
+the call goes to it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_fast.ops import Adapter, prepare
 from peft_fast.ops.checks import FLOATS
-from peft_fast.ops.lora_decode import MOST, kernel, most
+from peft_fast.ops.lora_decode import MOST, WIDE, kernel, most
 from peft_fast.ops.lora_mixed import run
 from peft_fast.patch import decode, embedding, ledger, plan
 
@@ -44,8 +45,8 @@ def linear(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
 def _common(layer: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor | None:
     """The common case, on the CPU and without gradients, by as little thought as decode.py takes; else None.
 
-    Few tokens, all of rows with an adapter, go through W and the adapters in one pass. Rows without one keep the bits
-    of the base layer's own call, which then runs, and the adapters behind it.
+    Few tokens go through W and the adapters in one pass, those of rows without an adapter too: rounded once, as any
+    product is, but not the bits of the base layer's own. In a batch of more they are: it runs, the adapters behind it.
     """
     if torch.compiler.is_compiling() or type(names) not in (list, tuple) or (found := decode.base_of(layer, x)) is None:
         return None
@@ -53,19 +54,20 @@ def _common(layer: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor | None:
     if x.dim() < 2 or len(names) != b or not x.numel():
         return None
     batch, has = _sorted(tuple(names)), layer._modules["lora_A"]._modules
-    if any(name not in has for name in batch.names):
+    if not has.keys() >= batch.known:
         batch = _sorted(tuple(name if name in has else BASE for name in names))
     W, bias, transposed = found
     if not batch.names or (low := decode.adapters(layer, batch.names, W.dtype)) is None:
         return None
-    few = min(MOST, most(x.dtype, transposed, max(A.shape[0] for A in low[0])))
-    if not batch.others and x.numel() <= few * K:
+    size = x.numel()
+    rank = max(A.shape[0] for A in low[0]) if size > WIDE[1] * K else 0
+    if size <= min(MOST, most(x.dtype, transposed, rank)) * K:
         y = kernel()(x, W, bias, *low, transposed, batch.order, batch.counts)
     else:
         y = layer._modules["base_layer"](x)
         if not y.is_contiguous():
             y = y.contiguous()
-        tokens = x.numel() // (b * K)
+        tokens = size // (b * K)
         As, Bs, biases, scalings = low
         rows = y.view(b, tokens, -1), x.reshape(b, tokens, K)
         torch.ops.peft_fast.lora_mixed.default(*rows, As, Bs, biases, batch.order, batch.counts, scalings)
@@ -75,12 +77,12 @@ def _common(layer: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor | None:
 
 
 class _Batch(NamedTuple):
-    """A batch by adapter: ``order`` has the rows of the first of ``names``, counts[0] of them, then the second's, …"""
+    """A batch by adapter: ``order`` has the rows of the first of ``names``, counts[0] of them, …, others last."""
 
     names: tuple[str, ...]
+    known: frozenset[str]  # the same
     order: list[int]
     counts: list[int]
-    others: int  # rows that have none
 
 
 @functools.lru_cache(maxsize=64)
@@ -89,9 +91,9 @@ def _sorted(names: tuple[str, ...]) -> _Batch:
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         rows.setdefault(name, []).append(row)
-    others = len(rows.pop(BASE, ()))
-    order = [row for own in rows.values() for row in own]
-    return _Batch(tuple(rows), order, [len(own) for own in rows.values()], others)
+    others = rows.pop(BASE, [])
+    order = [row for own in (*rows.values(), others) for row in own]
+    return _Batch(tuple(rows), frozenset(rows), order, [len(own) for own in rows.values()])
 
 
 def embed(layer: nn.Module, ids: Tensor, args: tuple, kwargs: dict) -> Tensor:

@@ -6,6 +6,7 @@ Who has none here (another activation path, a state that is not understood) is c
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from peft_fast import settings
+from peft_fast.ops.lora_quantized import product
 from peft_fast.ops.nf4 import Codes, Nested, Packed
 from peft_fast.patch import plan
 
@@ -68,6 +71,28 @@ class Groups(NamedTuple):
         return Codes(self.values, scales.contiguous(), None, zeros.contiguous(), group)
 
 
+class Planes(NamedTuple):
+    """HQQ's: unsigned, in 1, 2, 4 or 8 bits, with a scale and a zero of any size for as many neighbours of a row."""
+
+    values: Tensor  # uint8, (groups·bits/8, group)
+    scale: Tensor  # (groups, 1)
+    zero: Tensor  # the same
+    shape: tuple[int, int]
+    rounds: torch.dtype  # what the library computes in
+    make: Callable[[], Tensor]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W (N, K) in ``dtype``, computed in the library's."""
+        return self.make().to(dtype)
+
+    def codes(self, dtype: torch.dtype) -> Codes | None:
+        """The same for the compiled kernels, which round after the same steps where the dtype is the library's."""
+        if self.rounds is not dtype:
+            return None
+        scales, zeros = self.scale.reshape(-1).float(), self.zero.reshape(-1).float()
+        return Codes(self.values.reshape(-1), scales, None, zeros, self.values.shape[1])
+
+
 class Called(NamedTuple):
     """A weight that its library makes dense."""
 
@@ -98,8 +123,18 @@ def base_of(base: nn.Module) -> Base:
     return Base(type(base).__name__)
 
 
+def bitsandbytes_makes(base: nn.Module) -> bool:
+    """Is it one of bitsandbytes' layers?"""
+    return type(base) is not nn.Linear and "bitsandbytes" in sys.modules and isinstance(base, _kinds())
+
+
+def _kinds():
+    layers = sys.modules["bitsandbytes"].nn
+    return layers.Linear4bit, layers.Linear8bitLt
+
+
 def _bitsandbytes(base):
-    nn4, nn8 = sys.modules["bitsandbytes"].nn.Linear4bit, sys.modules["bitsandbytes"].nn.Linear8bitLt
+    nn4, nn8 = _kinds()
     if isinstance(base, nn4):
         return _four_bits(base, nn4)
     return _eight_bits(base, nn8) if isinstance(base, nn8) else None
@@ -144,7 +179,7 @@ def settle(base: nn.Module, x: Tensor) -> bool:
     Else its second call would go another way than its first, and that may be a checkpoint's recomputation.
     """
     bnb = sys.modules.get("bitsandbytes")
-    kind = next((k for k in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt) if isinstance(base, k)), None) if bnb else None
+    kind = next((k for k in _kinds() if isinstance(base, k)), None) if bnb else None
     if kind is None or type(base).forward is not kind.forward or plan.hooked(base):
         return False
     changed, dtype = False, x.dtype
@@ -199,31 +234,62 @@ def _hqq(base):
     if not base.ready or type(base) is not kind or kind.forward is not kind.forward_pytorch_backprop:
         return Base(name)
     name += f" {base.meta['nbits']}-bit"
-    packed = Called(tuple(base.meta["shape"]), base.dequantize)
-    return Base(name, packed, base.bias, base.compute_dtype, False, (base.meta["nbits"], base.meta["axis"]))
+    packed = _planes(base) or Called(tuple(base.meta["shape"]), base.dequantize)
+    key = tuple(base.meta.get(name) for name in ("nbits", "axis", "group_size", "compute_dtype"))
+    return Base(name, packed, base.bias, base.compute_dtype, False, key)
+
+
+# HQQ's packings of which a byte holds whole values
+_PLANES = {"8bit_u8": 8, "4bit_u8": 4, "2bit_u8": 2, "1bit_u8": 1}
+
+
+def _planes(base):
+    """The weight of HQQ's layer as it is packed; None where only HQQ can read it."""
+    meta, values = base.meta, base.W_q
+    bits, scale, zero = _PLANES.get(meta.get("packing")), meta.get("scale"), meta.get("zero")
+    if bits is None or scale is None or zero is None or meta.get("quant_scale") or meta.get("quant_zero"):
+        return None
+    (N, K), dtype = meta["shape"], meta.get("compute_dtype")
+    groups, group = scale.numel(), N * K // max(scale.numel(), 1)
+    # along the other axis the scale's shape is (1, groups)
+    fits = scale.shape == zero.shape == (groups, 1) and scale.dtype is zero.dtype is dtype and groups * group == N * K
+    whole = values.is_contiguous() and values.nbytes * 8 == N * K * bits and values.nbytes % max(group, 1) == 0
+    if not fits or not whole or not N * K or scale.device != values.device or zero.device != values.device:
+        return None
+    return Planes(values.detach().view(torch.uint8).view(-1, group), scale, zero, (N, K), dtype, base.dequantize)
 
 
 _READERS = {"bitsandbytes": _bitsandbytes, "hqq.core.quantize": _hqq, "torchao": _torchao}
 
 # what was tried once: layers of one key multiply alike
 _trusted: dict[tuple, bool] = {}
+# the keys that this thread is trying
+_trying = threading.local()
 
 
 def trusted(base: nn.Module, found: Base, dtype: torch.dtype) -> bool:
-    """Does the library's layer give, and differentiate, the product with found.W? Tried on two rows, once a kind.
+    """Does the library's layer give, and differentiate, the product that runs? Tried on two rows, once a kind.
 
     Once a shape, too: on the CPU bitsandbytes reads blocks that reach over the end of a row differently.
     """
     key = type(base), type(found.W), found.kind, found.key, tuple(found.W.shape), found.bias is None, dtype
-    key = *key, base.training, device_of(base)
-    if key not in _trusted:
-        _trusted[key] = False  # what the trial calls may ask again
-        try:
-            _trusted[key] = _agrees(base, found, dtype)
-        except BaseException:  # interrupted, which says nothing
-            del _trusted[key]
-            raise
-    return _trusted[key]
+    key = *key, base.training, device_of(base), settings.get().backend
+    if (known := _trusted.get(key)) is not None:
+        return known
+    inside = _trying.__dict__.setdefault("keys", set())
+    if key in inside:  # asked by what the trial calls
+        return False
+    # another thread tries for itself: to wait for this one could be to wait for each other, where one thread runs the
+    # backward of both
+    inside.add(key)
+    try:
+        agrees = _agrees(base, found, dtype)
+    except (MemoryError, torch.OutOfMemoryError):  # which says nothing of the product
+        return False
+    finally:
+        inside.discard(key)
+    _trusted[key] = agrees
+    return agrees
 
 
 def device_of(base: nn.Module) -> torch.device | None:
@@ -233,7 +299,7 @@ def device_of(base: nn.Module) -> torch.device | None:
 
 
 def _agrees(base, found, dtype):
-    device_type = device_of(base).type
+    device = device_of(base)
     # in a checkpointed forward nothing of the trial is to be kept, nor computed again
     hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)
     try:
@@ -242,17 +308,23 @@ def _agrees(base, found, dtype):
             _disable_current_modes(),
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.autocast(device_type, enabled=False),
+            torch.autocast(device.type, enabled=False),
         ):
-            W = found.W.dense(dtype)
-            N, K = W.shape
+            N, K = found.W.shape
             # no random numbers: the user's generators are not ours to move
-            x = torch.linspace(-1, 1, 2 * K, device=W.device).sin().view(2, K).to(dtype).requires_grad_()
+            x = torch.linspace(-1, 1, 2 * K, device=device).sin().view(2, K).to(dtype).requires_grad_()
             y = base(x)
-            g = torch.linspace(1, -1, 2 * N, device=W.device).cos().view(2, N).to(y.dtype)
+            g = torch.linspace(1, -1, 2 * N, device=device).cos().view(2, N).to(y.dtype)
             (dx,) = torch.autograd.grad(y, x, g)
-            bias = None if found.bias is None else found.bias.float()
-            return _close(y, F.linear(x.float(), W.float(), bias), dtype) and _close(dx, g.float() @ W.float(), dtype)
+            # what runs: the kernels may read the weight as it is kept
+            ours = product(x, found.W, found.bias)
+            if not _close(y, ours, dtype) or not _close(dx, *torch.autograd.grad(ours, x, g.to(ours.dtype)), dtype):
+                return False
+            # and in double backward, or where a backend has no such kernels, it is made dense
+            W, bias = found.W.dense(dtype).float(), None if found.bias is None else found.bias.float()
+            return _close(y, F.linear(x.float(), W, bias), dtype) and _close(dx, g.float() @ W, dtype)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception:  # whatever a library raises: nobody asked for this call
         return False
 
@@ -262,5 +334,6 @@ def _same(t):
 
 
 def _close(a, b, dtype):
-    error = (a.detach().float() - b.detach()).square().mean().sqrt()
-    return bool(error <= 16 * torch.finfo(dtype).eps * b.detach().square().mean().sqrt() + 1e-30)
+    a, b = a.detach().float(), b.detach().float()
+    error = (a - b).square().mean().sqrt()
+    return bool(error <= 16 * torch.finfo(dtype).eps * b.square().mean().sqrt() + 1e-30)

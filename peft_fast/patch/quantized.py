@@ -107,11 +107,21 @@ def uninstall() -> None:
 
 def stock_forward(layer: nn.Module):
     """PEFT's own forward of a layer's class."""
+    if takes(layer):
+        return plan.stock_linear
     return next(_stock[kind] for kind in type(layer).__mro__ if kind in _stock)
 
 
+def takes(layer: nn.Module) -> bool:
+    """Is it PEFT's plain layer on bitsandbytes' one, as in a model that does not say it is loaded in few bits?"""
+    return type(layer) is plan.Linear and packed.bitsandbytes_makes(layer._modules["base_layer"])
+
+
 def forward(self, x, *args, **kwargs):
-    """x (..., K) -> y (..., N): the forward that accelerate() puts on PEFT's classes for quantized bases."""
+    """x (..., K) -> y (..., N): the forward that accelerate() puts on PEFT's classes for quantized bases.
+
+    The guard of lora.Linear calls it for what takes() finds.
+    """
     stock = stock_forward(self)
     if not wanted(self):
         return stock(self, x, *args, **kwargs)
@@ -133,7 +143,7 @@ def forward(self, x, *args, **kwargs):
 
 def plan_of(layer: nn.Module) -> Plan | str:
     """A PEFT layer over a quantized base -> how to run it, or why PEFT keeps it."""
-    if type(layer) not in _stock:
+    if type(layer) not in _stock and not takes(layer):
         return f"{type(layer).__name__} is not PEFT's own layer for a quantized base"
     if reason := plan.out_of_use(layer):
         return reason
@@ -200,7 +210,7 @@ def multiplies(layer: nn.Module, x: Tensor, found: Plan) -> bool:
 
 def kind_of(layer: nn.Module) -> str:
     """What the base of a layer of ours is; empty for other layers."""
-    found = plan_of(layer) if type(layer) in _stock else ""
+    found = plan_of(layer) if type(layer) in _stock or takes(layer) else ""
     return found.base.kind if isinstance(found, Plan) else ""
 
 

@@ -165,7 +165,7 @@ def why_slow(layer: nn.Module) -> str:
         return "switched off for the whole process by peft_fast.disable()"
     if type(layer).forward is embedding.forward:
         plan_of = embedding.plan_of
-    elif type(layer).forward is quantized.forward:
+    elif type(layer).forward is quantized.forward or (type(layer).forward is guard.forward and quantized.takes(layer)):
         plan_of = quantized.plan_of
     elif type(layer).forward is conv.forward:
         plan_of = conv.plan_of

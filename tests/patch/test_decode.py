@@ -13,7 +13,8 @@ from benchmarks.criterion import check
 from peft_fast import native, ops, settings
 from peft_fast.ops.lora_decode import MOST, TURNED, WIDE, most
 from peft_fast.patch import decode, guard, ledger, plan
-from tests.patch.toys import K, N, conv1d, inputs, layers, stock, toy
+from tests.patch.decoding import assert_decodes, assert_stocks, decoded, twice
+from tests.patch.toys import K, conv1d, inputs, layers, stock, toy
 
 pytestmark = pytest.mark.skipif(not native.load(), reason=f"the compiled operators: {native.reason()}")
 
@@ -23,49 +24,6 @@ def as_shipped(untouched_peft):
     """The number of tokens that users have."""
     with settings.override(min_tokens=128):
         yield
-
-
-def decoded(model, x, **kwargs):
-    """The model's y, and how many of its layers decode() ran."""
-    taken = []
-    run = decode.run
-
-    def watched(layer, x):
-        y = run(layer, x)
-        taken.append(y is not None)
-        return y
-
-    decode.run = watched
-    try:
-        y = model(x, **kwargs)
-    finally:
-        decode.run = run
-    return y, sum(taken)
-
-
-def twice(model, x):
-    """(PEFT's y, ours, layers that decoded) without gradients."""
-    with torch.no_grad():
-        with stock():
-            expected = model(x)
-        return expected, *decoded(model, x)
-
-
-def assert_decodes(model, x, calls=2):
-    expected, y, taken = twice(model, x)
-    assert taken == calls
-    assert (y.dtype, y.shape) == (expected.dtype, expected.shape)
-    rtol = 1e-5 if y.dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(
-        y, expected, rtol=rtol, atol=rtol * (expected.abs().max().item() if expected.numel() else 0)
-    )
-    return y
-
-
-def assert_stocks(model, x, calls=0):
-    """PEFT's own bits."""
-    expected, y, taken = twice(model, x)
-    assert taken == calls and torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
@@ -195,170 +153,6 @@ def test_options_of_peft():
     assert_decodes(model, inputs(2, K).detach(), calls=1)
 
 
-# what changes between two calls -> does the layer still decode afterwards
-def _hook(module):
-    module.register_forward_hook(lambda m, args, y: y * 2)
-
-
-def _replace(module, name):
-    tensor = getattr(module, name)
-    setattr(module, name, nn.Parameter(torch.randn_like(tensor)))
-
-
-def _data(tensor):
-    tensor.data = torch.randn_like(tensor)
-
-
-def _in_place(tensor):
-    tensor.data.mul_(1.5)
-
-
-def _scaling_tensor(layer):
-    layer.scaling["default"] = torch.tensor(0.3)
-
-
-def _half(module):
-    module.double()
-
-
-def _second(model):
-    model.add_adapter("second", LoraConfig(r=5, target_modules=["up", "down"], init_lora_weights=False))
-    model.set_adapter("second")
-
-
-def _delete(model):
-    _second(model)
-    model.delete_adapter("default")
-
-
-def _hotswap(model):
-    from peft.utils.hotswap import hotswap_adapter_from_state_dict
-
-    state = {k: torch.randn_like(v) for k, v in model.state_dict().items() if "lora_" in k}
-    hotswap_adapter_from_state_dict(model, state, "default", LoraConfig(r=4, target_modules=["up", "down"]))
-
-
-def _weighted(model):
-    _second(model)
-    model.add_weighted_adapter(["default", "second"], [0.5, 2.0], "both", combination_type="cat")
-    model.set_adapter("both")
-    model.eval()
-
-
-CHANGES = {
-    "set_adapter": (_second, 2),
-    "delete_adapter": (_delete, 2),
-    "add_weighted_adapter": (_weighted, 2),
-    "hotswap": (_hotswap, 2),
-    "scale_layer": (lambda m: layers(m)[0].scale_layer(3.0), 2),
-    "set_scale": (lambda m: layers(m)[0].set_scale("default", 0.5), 2),
-    "scaling_tensor": (lambda m: _scaling_tensor(layers(m)[0]), 2),
-    "merge": (lambda m: m.merge_adapter(), 0),
-    "merge_one": (lambda m: layers(m)[0].merge(), 1),
-    "unmerge": (lambda m: (m.merge_adapter(), m.unmerge_adapter()), 2),
-    "disabled": (lambda m: m.base_model.disable_adapter_layers(), 0),
-    "train": (lambda m: m.train(), 0),
-    "train_a_dropout": (lambda m: layers(m)[0].lora_dropout["default"].train(), 1),
-    "train_without_dropout": (
-        lambda m: (m.train(), [setattr(x.lora_dropout["default"], "p", 0.0) for x in layers(m)]),
-        2,
-    ),
-    "identity": (lambda m: layers(m)[0].lora_dropout.update({"default": nn.Identity()}), 2),
-    "other_dropout": (lambda m: layers(m)[0].lora_dropout.update({"default": nn.Tanh()}), 1),
-    "hook_on_base": (lambda m: _hook(layers(m)[0].base_layer), 1),
-    "hook_on_A": (lambda m: _hook(layers(m)[0].lora_A["default"]), 1),
-    "hook_on_B": (lambda m: _hook(layers(m)[0].lora_B["default"]), 1),
-    "hook_on_dropout": (lambda m: _hook(layers(m)[0].lora_dropout["default"]), 1),
-    "hook_on_layer": (lambda m: _hook(layers(m)[0]), 2),
-    "pre_hook": (lambda m: layers(m)[0].base_layer.register_forward_pre_hook(lambda m, args: (args[0] * 2,)), 1),
-    "forward_of_base": (lambda m: setattr(layers(m)[0].base_layer, "forward", lambda x: torch.zeros(1, N)), 1),
-    "W_replaced": (lambda m: _replace(layers(m)[0].base_layer, "weight"), 2),
-    "W_data": (lambda m: _data(layers(m)[0].base_layer.weight), 2),
-    "W_in_place": (lambda m: _in_place(layers(m)[0].base_layer.weight), 2),
-    "A_replaced": (lambda m: _replace(layers(m)[0].lora_A["default"], "weight"), 2),
-    "A_data": (lambda m: _data(layers(m)[0].lora_A["default"].weight), 2),
-    "B_data": (lambda m: _data(layers(m)[0].lora_B["default"].weight), 2),
-    "B_in_place": (lambda m: _in_place(layers(m)[0].lora_B["default"].weight), 2),
-    "bias_gone": (lambda m: setattr(layers(m)[0].base_layer, "bias", None), 2),
-    "A_with_bias": (lambda m: _give_bias(layers(m)[0].lora_A["default"]), 1),
-    "base_replaced": (lambda m: setattr(layers(m)[0], "base_layer", nn.Linear(K, N)), 2),
-    "base_of_another_class": (lambda m: setattr(layers(m)[0], "base_layer", Doubling(K, N)), 1),
-    "A_of_another_class": (lambda m: layers(m)[0].lora_A.update({"default": Doubling(K, 4, bias=False)}), 1),
-    "parametrized": (lambda m: _parametrize(layers(m)[0].base_layer), 1),
-}
-# what PEFT itself cannot run: only who takes it is compared
-BROKEN = {
-    "A_of_another_rank": lambda m: setattr(layers(m)[0].lora_A["default"], "weight", nn.Parameter(torch.randn(7, K))),
-}
-
-
-class Doubling(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def _give_bias(module):
-    module.bias = nn.Parameter(torch.randn(module.out_features))
-
-
-def _parametrize(module):
-    torch.nn.utils.parametrize.register_parametrization(module, "weight", nn.Tanh())
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_every_change_is_seen_by_the_next_call(change):
-    """The same call before and after: nothing may be remembered that has changed."""
-    apply, calls = CHANGES[change]
-    model = toy(lora_dropout=0.2).eval()
-    if change in ("base_replaced", "base_of_another_class"):
-        peft_fast.enable()  # a base that nobody marked
-    x = inputs(3, K).detach()
-    before = assert_decodes(model, x)
-    apply(model)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        with stock():
-            torch.manual_seed(3)
-            expected = model(x)
-        torch.manual_seed(3)
-        y, taken = decoded(model, x)
-    assert taken == calls
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    same = change in ("unmerge", "merge", "merge_one", "identity", "train_without_dropout")
-    assert same == torch.allclose(y, before, rtol=1e-5, atol=1e-5)
-
-
-def test_another_dtype_is_seen():
-    model = toy().eval()
-    assert_decodes(model, inputs(1, K).detach())
-    assert_decodes(model.bfloat16(), inputs(1, K, dtype=torch.bfloat16).detach())
-    assert_stocks(model.double(), inputs(1, K, dtype=torch.float64).detach())
-    assert_stocks(model.half(), inputs(1, K, dtype=torch.float16).detach())
-    model = toy(base_dtype=torch.bfloat16).eval()
-    layers(model)[0].cast_input_dtype_enabled = False
-    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
-        model(inputs(1, K, dtype=torch.bfloat16).detach())
-
-
-def test_states_of_the_process():
-    model, x = toy().eval(), inputs(1, K).detach()
-    with peft_fast.disabled():
-        assert_stocks(model, x)
-    with settings.override(disable=True):
-        assert_stocks(model, x)
-    with settings.override(backend="torch"):
-        assert_stocks(model, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_stocks(model, x)
-    handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: None)
-    assert_stocks(model, x)
-    handle.remove()
-    peft_fast.restore(model)
-    assert_stocks(model, x)
-    peft_fast.accelerate(model)
-    assert_decodes(model, x)
-
-
 def test_inputs_that_are_pefts():
     model = toy().eval()
     layer = layers(model)[0]
@@ -374,23 +168,6 @@ def test_inputs_that_are_pefts():
     with torch.no_grad():
         assert decode.run(layers(conv)[0], torch.randn(2, K, 2)[..., 0]) is None
     assert twice(toy(use_dora=True).eval(), inputs(2, K).detach())[2] == 0
-
-
-def test_it_takes_nothing_that_the_plan_refuses():
-    """decode.py looks by itself, for speed: whatever it takes, plan.py takes too, with the same tensors."""
-    x = inputs(2, K).detach()
-    for change, apply in {name: apply for name, (apply, _) in CHANGES.items()}.items() | BROKEN.items():
-        model = toy(lora_dropout=0.2).eval()
-        apply(model)
-        with torch.no_grad():
-            for layer, given in zip(layers(model), (x, inputs(2, N).detach()), strict=True):
-                own = plan.plan_of(layer)
-                refused = (
-                    type(own) is str
-                    or plan.refuse_input(layer, given, own, few=False)
-                    or any(a.p for a in own.adapters)
-                )
-                assert (decode.run(layer, given) is None) == bool(refused), change
 
 
 def test_copies_and_pickles(tmp_path):

@@ -10,7 +10,6 @@ from torch import nn
 
 import peft_fast
 from peft_fast import settings
-from peft_fast.errors import UnsupportedError
 from peft_fast.patch import merging
 from tests.patch.toys import K, N, Toy, conv1d, inputs, layers, stock, tensor_of, toy
 
@@ -249,53 +248,6 @@ def test_an_error_while_merging(monkeypatch):
         pytest.fail("not reached")
     monkeypatch.undo()
     assert_untouched(model, before)
-
-
-def assert_refused(model, reason):
-    before = everything(model)
-    with pytest.raises(UnsupportedError, match=reason) as error, peft_fast.merged(model):
-        pytest.fail("not reached")
-    assert len(str(error.value).splitlines()) == 3
-    assert_untouched(model, before)
-
-
-def test_what_cannot_be_merged_is_refused_at_once():
-    assert_refused(adapted(Convolved(groups=2), ["one", "two"], r=4), "convolutions with groups")
-    bare = adapted(Toy(lambda k, n: nn.Linear(k, n, bias=False)), ["up", "down"], lora_bias=True)
-    assert_refused(bare, "without a bias")
-    model = toy().eval()
-    layers(model)[1].base_layer.weight = nn.Parameter(torch.empty(K, N, device="meta"))
-    with pytest.raises(UnsupportedError, match="offloaded"), peft_fast.merged(model):
-        pytest.fail("not reached")
-    assert not any(layer.merged for layer in layers(model))
-    model = toy().eval()
-    torch.nn.utils.parametrize.register_parametrization(layers(model)[1].base_layer, "weight", nn.Tanh())
-    with pytest.raises(UnsupportedError, match="not a plain dense parameter"), peft_fast.merged(model):
-        pytest.fail("not reached")
-    with pytest.raises(UnsupportedError, match="without a LoRA layer"), peft_fast.merged(nn.Linear(1, 1)):
-        pytest.fail("not reached")
-    from peft import KasaConfig
-
-    kasa = adapted(Toy(), ["up"], kasa_config=KasaConfig())
-    assert_refused(kasa, "KasaLinearVariant cannot be merged")
-
-
-class Tokens(Tied):
-    """What aLoRA looks at: a language model's ids."""
-
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        raise NotImplementedError
-
-
-def test_variants_that_depend_on_the_input_are_refused():
-    """An aLoRA adapter begins at a token, Arrow chooses among its adapters for each: neither is one weight."""
-    from peft import ArrowConfig, TaskType
-
-    kind = {"task_type": TaskType.CAUSAL_LM}
-    assert_refused(adapted(Tokens(), ["body"], alora_invocation_tokens=[1, 2], **kind), "ALoraLinearVariant cannot")
-    arrow = ArrowConfig(top_k=1)
-    arrow.task_adapter_names = ["one", "two"]
-    assert_refused(adapted(Toy(), ["up"], arrow_config=arrow), "ArrowLinearVariant cannot be merged")
 
 
 def test_layers_that_run_their_base_alone_stay():

@@ -62,7 +62,7 @@ def test_names(names):
 
 
 def test_rows_without_an_adapter_keep_the_base_s_bits():
-    model, x = crowd(), inputs(5, 3, K)
+    model, x = crowd(), inputs(5, 30, K)
     up = layers(model)[0]
     with torch.no_grad():
         y, base = up(x, adapter_names=NAMES), up.base_layer(x)

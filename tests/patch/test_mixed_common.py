@@ -76,7 +76,9 @@ def test_values_are_pefts(layer, dtype, narrow, watched):
         ((4, 2, 1, K), NAMES, "one pass"),
         ((8, few // 8, K), NAMES * 2, "one pass"),
         ((4, few // 4 + 1, K), NAMES, "behind the base"),
-        ((5, 1, K), [*NAMES, "__base__"], "behind the base"),
+        ((5, 1, K), [*NAMES, "__base__"], "one pass"),
+        ((8, few // 8, K), ["__base__"] * 7 + ["third"], "one pass"),
+        ((5, few // 4, K), [*NAMES, "__base__"], "behind the base"),
         ((4, 0, K), NAMES, "the long way"),
         ((3, 2, K), ["__base__"] * 3, "the long way"),
     ):
@@ -91,23 +93,34 @@ def test_values_are_pefts(layer, dtype, narrow, watched):
 def test_values_keep_the_contract(dtype, tokens):
     """No further from float64 than PEFT's own sequence of calls."""
     model = crowd(dtype=dtype, r=8)
-    up, names = layers(model)[0], NAMES * 4
+    up, names = layers(model)[0], [*NAMES, "__base__"] * 3 + ["__base__"]
     x = inputs(16, tokens, K, dtype=dtype).detach()
     with torch.no_grad():
         y, expected = mixed._common(up, x, names), plan.stock_linear(up, x, adapter_names=names)
         truth = nn.functional.linear(x.double(), up.base_layer.weight.double(), up.base_layer.bias.double())
         for row, name in enumerate(names):
+            if name == "__base__":
+                continue
             A, B = up.lora_A[name].weight.double(), up.lora_B[name].weight.double()
             truth[row] += x[row].double() @ A.T @ B.T * up.scaling[name]
     assert check(y, expected, truth, dtype=dtype)
 
 
-def test_rows_without_an_adapter_keep_the_bits_of_the_base():
-    model, x = crowd(dtype=torch.bfloat16), inputs(5, 1, K, dtype=torch.bfloat16).detach()
+def test_rows_without_an_adapter():
+    """Of many tokens they have the bits of the base, of few no part of any adapter and no bits of another row's."""
+    model, names = crowd(dtype=torch.bfloat16), ["default", "__base__", "other", "other", "__base__"]
     up = layers(model)[0]
-    with torch.no_grad():
-        y, base = up(x, adapter_names=["default", "__base__", "other", "other", "__base__"]), up.base_layer(x)
-        assert torch.equal(y[[1, 4]], base[[1, 4]]) and not (y[[0, 2, 3]] == base[[0, 2, 3]]).all(-1).any()
+    for tokens in (1, 50):
+        x = inputs(5, tokens, K, dtype=torch.bfloat16).detach()
+        with torch.no_grad():
+            y, base = up(x, adapter_names=names), up.base_layer(x)
+            assert not (y[[0, 2, 3]] == base[[0, 2, 3]]).all(-1).any()
+            if tokens == 50:
+                assert torch.equal(y[[1, 4]], base[[1, 4]])
+                continue
+            alone = decode.kernel()(x, up.base_layer.weight, up.base_layer.bias, [], [], [], [], False)
+            assert torch.equal(y[[1, 4]], alone[[1, 4]])
+            torch.testing.assert_close(y[[1, 4]], base[[1, 4]], rtol=0.01, atol=0.01)
 
 
 def test_rows_do_not_touch_each_other():
@@ -125,7 +138,7 @@ def test_a_layer_without_one_of_the_adapters(watched):
     model = crowd()
     model.add_adapter("narrow", LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
     compare(model.eval(), inputs(4, 1, K).detach(), ["narrow", "default", "narrow", "other"])
-    assert watched == ["one pass", "behind the base"]
+    assert watched == ["one pass", "one pass"]
 
 
 def test_names_are_read_at_every_call():

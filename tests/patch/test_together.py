@@ -109,6 +109,22 @@ def test_one_model_of_two_methods(name):
         assert_same(expected, got, 1e-5)
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_one_model_adapted_twice(name):
+    """LoRA on two layers of a model, and any other method around that on the third, both in training."""
+    lora = made(LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False))
+    torch.manual_seed(1)
+    model = get_peft_model(lora.base_model.model, other_config(name, ("last",)))
+    others = [n for n, p in model.named_parameters() if p.requires_grad]
+    for n, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad or "up.lora_" in n or "down.lora_" in n)
+    peft_fast.accelerate(model)
+    expected, got, fast, handed_back = both(model, inputs())
+    assert (fast, handed_back) == (2, {})
+    assert_same(expected, got, 1e-5)
+    assert len(got) > 5 and any(n in got for n in others)
+
+
 def test_layers_of_adalora_keep_their_class_and_forward():
     from peft.tuners.adalora.layer import SVDLinear
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 VOCAB = 1024
-COMMIT = "0" * 40
 
 DECODER = dict(
     vocab_size=VOCAB,
@@ -17,6 +17,8 @@ DECODER = dict(
     max_position_embeddings=512,
 )
 EXPERTS = dict(DECODER, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=8)
+# tests take k_proj and v_proj of these for square
+LLAMA = dict(DECODER, num_key_value_heads=4)
 ENCODER = dict(DECODER, num_hidden_layers=5)
 OPT = dict(
     vocab_size=VOCAB, hidden_size=16, ffn_dim=32, num_hidden_layers=5, num_attention_heads=4, word_embed_proj_dim=16
@@ -62,7 +64,7 @@ MODELS = {
         (f"{OWN}/tiny-random-BloomForCausalLM", "bigscience/bloomz-560m"),
         (CAUSAL, "bloom", dict(vocab_size=VOCAB, hidden_size=32, n_layer=5, n_head=4)),
     ),
-    **dict.fromkeys((f"{name}/tiny-random-LlamaForCausalLM" for name in (OWN, HF, TRL)), (CAUSAL, "llama", DECODER)),
+    **dict.fromkeys((f"{name}/tiny-random-LlamaForCausalLM" for name in (OWN, HF, TRL)), (CAUSAL, "llama", LLAMA)),
     f"{TRL}/tiny-LlamaForSequenceClassification-3.2": (CLASSIFIER, "llama", dict(DECODER, pad_token_id=0)),
     f"{HF}/tiny-random-MistralForCausalLM": (CAUSAL, "mistral", DECODER),
     **dict.fromkeys(
@@ -110,16 +112,14 @@ ADAPTERS = {
 
 
 def write(home: Path) -> list[str]:
-    """Writes models and adapters into HF_HOME ``home``, those that are not there yet -> what could not be made."""
+    """Writes models and adapters into HF_HOME ``home``, those that are not there as they are here -> what failed."""
     import torch
-    import transformers
 
     failed = []
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
     for name in (*MODELS, *ADAPTERS):
         folder = home / "hub" / f"models--{name.replace('/', '--')}"
-        if (folder / "refs" / "main").exists():
+        head = folder / "refs" / "main"
+        if head.exists() and head.read_text() == _commit(name):
             continue
         torch.manual_seed(0)
         try:
@@ -127,13 +127,18 @@ def write(home: Path) -> list[str]:
         except Exception as error:  # another transformers may not have all of them
             failed.append(f"{name}: {type(error).__name__}: {error}")
             continue
-        (folder / "refs").mkdir(exist_ok=True)
-        (folder / "refs" / "main").write_text(COMMIT)
+        head.parent.mkdir(exist_ok=True)
+        head.write_text(_commit(name))
     return failed
 
 
+def _commit(name: str) -> str:
+    """What stands in for a revision: one that was made of another description is made anew."""
+    return hashlib.sha1(repr(MODELS.get(name) or (name, _commit(ADAPTERS[name]))).encode()).hexdigest()
+
+
 def _snapshot(home: Path, name: str) -> Path:
-    return home / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / COMMIT
+    return home / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / _commit(name)
 
 
 def _model(name: str, place: Path) -> None:

@@ -18,8 +18,11 @@ ON = os.environ["PEFT_SUITE_ON"] == "1"
 SELECT = os.environ.get("PEFT_SUITE_SELECT", "lora")
 DONE = frozenset(json.loads(os.environ.get("PEFT_SUITE_DONE", "[]")))
 SECONDS = int(os.environ.get("PEFT_SUITE_SECONDS", "300"))
-# of these files every test, of the others those that say LoRA somewhere in their name
-WHOLE = ("lora", "mixed", "arrow", "initialization", "low_level", "trainable_tokens", "target_parameters", "helpers")
+# of these files every test, of the others those that say LoRA or DoRA somewhere in their name
+WHOLE = (
+    *("lora", "mixed", "arrow", "initialization", "low_level", "trainable_tokens", "target_parameters", "helpers"),
+    *("tuners_utils", "integrations", "vision", "other"),
+)
 
 _results = open(os.environ["PEFT_SUITE_RESULTS"], "a", buffering=1)  # noqa: SIM115 (open as long as the process)
 _outcomes: dict[str, dict] = {}
@@ -43,13 +46,15 @@ def pytest_configure(config):
     try:
         import diffusers  # noqa: F401
     except ImportError:
-        # the tests import one name of it at the top; whatever uses that needs a model from the hub
+        # the tests import one name of it at the top, or its version; whatever uses that needs a model from the hub
         sys.modules["diffusers"] = types.ModuleType("diffusers")
+        sys.modules["diffusers"].__version__ = "0.0"
         sys.modules["diffusers"].StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
     import tests.testing_utils
 
     tests.testing_utils._HUB_MODEL_ACCESSES = Everything()
     tests.testing_utils.load_cat_image = _image
+    tests.testing_utils.load_dataset_english_quotes = _quotes
     if ON:
         import peft_fast.auto  # noqa: F401
 
@@ -62,6 +67,15 @@ def _image():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8))
 
 
+def _quotes():
+    """In place of a data set of quotations on the hub."""
+    import datasets
+
+    words = "one may say of it that the more often it is said the less it says".split()
+    rows = [{"quote": " ".join(words[: 4 + i % 11]), "author": "nobody", "tags": ["none"]} for i in range(40)]
+    return datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
+
+
 def pytest_collection_modifyitems(config, items):
     kept = [item for item in items if item.nodeid not in DONE and _selected(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
@@ -70,7 +84,8 @@ def pytest_collection_modifyitems(config, items):
 
 def _selected(item) -> bool:
     file = item.nodeid.partition("::")[0]
-    return SELECT == "all" or "lora" in item.nodeid.lower() or any(word in file for word in WHOLE)
+    name = item.nodeid.lower()
+    return SELECT == "all" or "lora" in name or "dora" in name or any(word in file for word in WHOLE)
 
 
 def pytest_collectreport(report):

@@ -113,6 +113,7 @@ def _environment(place: Path, on: bool, select: str, results: Path, done: list[s
             "TOKENIZERS_PARALLELISM": "false",
             "PEFT_FAST_MIN_TOKENS": "0",
             "PEFT_FAST_QUIET": "1",
+            "PEFT_DEBUG_WITH_TORCH_COMPILE": "1",  # else that file skips itself
             "PEFT_SUITE_ON": str(int(on)),
             "PEFT_SUITE_SELECT": select,
             "PEFT_SUITE_RESULTS": str(results),
@@ -145,6 +146,11 @@ def differing(off: dict[str, Outcome], on: dict[str, Outcome]) -> dict[str, tupl
     }
 
 
+def uncollected(off: dict[str, Outcome], on: dict[str, Outcome]) -> list[str]:
+    """Files of which no test was run either way, which is no agreement."""
+    return [file for file in off if {off[file].outcome} == {on.get(file, off[file]).outcome} == {"not collected"}]
+
+
 def summary(off: dict[str, Outcome], on: dict[str, Outcome]) -> str:
     """Both runs in a few lines."""
     differ = differing(off, on)
@@ -160,6 +166,8 @@ def summary(off: dict[str, Outcome], on: dict[str, Outcome]) -> str:
     ]
     if errors:
         lines.append("failed alike by: " + ", ".join(f"{count} {error}" for error, count in errors.most_common(8)))
+    # alike, but nothing of such a file was compared
+    lines += [f"  {file} cannot be collected: {off[file].error[-200:]}" for file in uncollected(off, on)]
     for test, (a, b) in differ.items():
         lines += [f"  {test}", f"    without: {a.outcome} {a.error[:200]}", f"    with:    {b.outcome} {b.error[:200]}"]
     return "\n".join(lines)

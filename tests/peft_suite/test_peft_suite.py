@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.peft_suite import suite
+from tests.peft_suite import hub, suite
 from tests.peft_suite.suite import Outcome
 
 OFF = {
@@ -44,11 +44,35 @@ def test_what_differs_is_named(test, outcome):
     assert "c" in suite.differing(OFF, on)
 
 
+def test_a_file_that_cannot_be_collected_is_no_agreement():
+    broken = {"tests/test_a.py": Outcome("not collected", "ImportError: no such module"), **OFF}
+    assert suite.differing(broken, broken) == {} and suite.uncollected(broken, broken) == ["tests/test_a.py"]
+    assert "tests/test_a.py cannot be collected: ImportError" in suite.summary(broken, broken)
+    assert not suite.uncollected(OFF, OFF)
+
+
 def test_a_test_that_takes_the_process_down(tmp_path):
     path = tmp_path / "results.jsonl"
     lines = [{"started": "a"}, {"test": "a", "outcome": "passed", "error": "", "fast": 3, "slow": 0}, {"started": "b"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert suite.read(path) == ({"a": Outcome("passed", "", 3, 0)}, "b")
+
+
+def test_a_model_of_another_description_is_made_anew(tmp_path, monkeypatch):
+    def made(layers):
+        monkeypatch.setattr(
+            hub, "MODELS", {"an/llama": (hub.CAUSAL, "llama", dict(hub.LLAMA, num_hidden_layers=layers))}
+        )
+        assert hub.write(tmp_path) == []
+        folder = tmp_path / "hub" / "models--an--llama"
+        config = folder / "snapshots" / (folder / "refs" / "main").read_text() / "config.json"
+        assert json.loads(config.read_text())["num_hidden_layers"] == layers
+        return config.stat().st_mtime_ns
+
+    monkeypatch.setattr(hub, "ADAPTERS", {})
+    first = made(1)
+    assert made(1) == first
+    made(2)
 
 
 THEIRS = """

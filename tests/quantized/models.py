@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 import peft_fast
 from peft_fast.patch import quantized
 from tests.patch import toys
+from tests.patch.toys import assert_same, both
 
 K, N = 64, 128
 
@@ -115,3 +117,35 @@ def ready(model, dtype=torch.float32):
 def twin(model):
     """A copy that nothing done to the model reaches."""
     return copy.deepcopy(model)
+
+
+# name -> (how to quantize, options, what the report says, whether we multiply by the base too)
+BASES = {
+    "nf4": (four_bits, {}, "bitsandbytes nf4, double quant", True),
+    "nf4 plain": (four_bits, {"nested": False}, "bitsandbytes nf4", True),
+    "fp4": (four_bits, {"quant_type": "fp4"}, "bitsandbytes fp4, double quant", True),
+    "nf4 in float32s": (four_bits, {"storage": torch.float32}, "bitsandbytes nf4, double quant", True),
+    "int8": (eight_bits, {}, "bitsandbytes int8", True),
+    "int8 with outliers": (eight_bits, {"threshold": 6.0}, "bitsandbytes int8", True),
+    "torchao int8": (torchao_int8, {}, "torchao Int8Tensor", True),
+    "torchao int4": (torchao_int4, {}, "torchao IntxUnpackedToInt8Tensor", True),
+    "hqq 4-bit": (hqq, {}, "HQQ 4-bit", True),
+    "hqq 8-bit": (hqq, {"bits": 8}, "HQQ 8-bit", True),
+}
+SOME = {name: BASES[name] for name in ("nf4", "int8", "torchao int8", "hqq 4-bit")}
+
+
+def bases(which=BASES):
+    return pytest.mark.parametrize(("quantize", "options", "kind", "product"), which.values(), ids=which)
+
+
+def model_of(quantize, options, dtype=torch.float32, **config):
+    if quantize is hqq:
+        options = {"compute": dtype, **options}
+    return ready(toy(quantize, dtype, options=options, **config), dtype)
+
+
+def assert_fast(model, *args, rtol=2e-6, **kwargs):
+    expected, got, fast, handed_back = both(model, *args, **kwargs)
+    assert (fast, handed_back) == (2, {})
+    assert_same(expected, got, rtol)
