@@ -5,6 +5,7 @@ Each is a process of its own. A result that is there keeps the rows of the pages
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import tempfile
@@ -26,6 +27,8 @@ DOCS = Path(config.__file__).parent / "docs"
 LESS = {"full": (), "quick": ("--steps", "20"), "tiny": ("--steps", "2")}
 NONE = "_Nothing measured with this command yet: `python -m peft_fast bench pages --model {task} --json {file}`._"
 FILE = "benchmarks/results/pages.json"
+PERCENT = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum")
+CORRELATIONS = ("mcc", "pearson", "spearman")
 
 
 def names(device: str) -> tuple[str, ...]:
@@ -138,10 +141,39 @@ def unlearnt(found: dict) -> str:
         return f"no {name} of the validation rows {'before' if before is None else 'after'} training"
     if not found["best"]["step"]:
         return "no evaluation was better than the one before training"
-    if after > before if found["higher"] else after < before:
+    if name == "perplexity":  # it is e to the mean over the tokens: the mean is what chance moves
+        name, before, after = "loss", math.log(before), math.log(after)
+    better, chance = after - before if found["higher"] else before - after, margin(name, before, after, found["rows"])
+    if better > chance:
         return ""
     was, now = words.metric(name, before), words.metric(name, after)
-    return f"{name} of the validation rows is {now}, and was {was} before training"
+    text = f"{name} of the validation rows is {now}, and was {was} before training"
+    if better <= 0:
+        return text
+    rows = found["rows"]["validation"]
+    return f"{text}: chance alone may make {words.metric(name, chance)} of {rows:,} rows"
+
+
+def margin(name: str, before: float, after: float, rows: dict) -> float:
+    """Two standard errors of the difference of two values, each of validation rows of its own.
+
+    Before and after are of the same rows, which makes the true error smaller.
+    """
+    most = max(scatter(name, before), scatter(name, after))  # of two values of few rows one may look certain by luck
+    return 2 * math.sqrt(2 / rows["validation"]) * most
+
+
+def scatter(name: str, value: float) -> float:
+    """How far one row lies from a metric's mean over rows, as a standard deviation; rather too high than too low."""
+    if name in PERCENT:
+        return 100 * scatter("share", value / 100)
+    if name == "r2":  # the large-sample error of a squared correlation
+        return 2 * math.sqrt(max(value, 0.0)) * abs(1 - value)
+    if name in CORRELATIONS:
+        return 1 - value**2
+    if words.share_of_one(name) and 0 <= value <= 1:  # no values within 0 and 1 scatter more than right and wrong
+        return math.sqrt(value * (1 - value))
+    return abs(value)  # losses and errors: about as far as their mean
 
 
 def _line(row: dict) -> str:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import bisect
 import html
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
 Series = tuple[str, Sequence[float], Sequence[float]]  # css class, xs, ys
 WIDE, HALF = 860, 480  # drawn at about their own size in one and in two columns
+DASH = 9  # of curves that lie on one another, in the drawing's units
+HIDDEN = 0.005  # of a drawing's height: about half a line's width
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from at most ``low`` to at least ``high``, about ``count`` of them."""
+def ticks(low: float, high: float, count: int = 5, least: float = 0.0) -> list[float]:
+    """Round numbers from at most ``low`` to at least ``high``, about ``count`` of them, ``least`` apart or more."""
     span = (high - low) or abs(high) or 1.0
     raw = span / count
     step = 10.0 ** math.floor(math.log10(raw))
     step *= next(m for m in (1, 2, 5, 10) if m * step >= raw * 0.999)
+    step = max(step, least)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
@@ -34,15 +39,17 @@ def lines(
     width: int = WIDE,
     marks: Sequence[tuple[float, str]] = (),
     dots: Sequence[tuple[str, float, float, str]] = (),
+    whole: bool = False,
 ) -> str:
     """Curves over one another; a css class ending in "raw" is drawn faint, and what is not finite leaves a gap.
 
     ``marks`` are upright lines with a word at the top, ``dots`` points with one beside them (css class, x, y, word),
-    where no curve runs through it.
+    where no curve runs through it. ``whole``: x counts something, and has no ticks between whole numbers. Curves that
+    lie on one another are dashed in turn.
     """
     xs = [x for _, values, _ in series for x in values] + [x for x, _ in marks] + [x for _, x, _, _ in dots] or [0.0]
     ys = [y for _, _, values in series for y in values if math.isfinite(y)] + [y for _, _, y, _ in dots] or [0.0]
-    x_ticks, y_ticks = ticks(min(xs), max(xs), 6), _heights(0.0 if zero else min(ys), max(ys))
+    x_ticks, y_ticks = ticks(min(xs), max(xs), 6, float(whole)), _heights(0.0 if zero else min(ys), max(ys))
     x0, x1, y0, y1 = min(xs), max(xs), y_ticks[0], y_ticks[-1]
     room = max(len(number(y)) for y in y_ticks)
     left, right, top, bottom = max(52, 14 + 8 * room), width - 14, 26 + 18 * bool(marks), height - 38
@@ -59,13 +66,16 @@ def lines(
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
         parts.append(_text(left - 8, py(y) + 4, number(y), "end"))
     parts += [_text(px(x), bottom + 18, number(x), "mid") for x in x_ticks if x0 <= x <= x1]
+    shares = iter(turns([(values, heights) for css, values, heights in series if not css.endswith("raw")]))
     for css, values, heights in series:
+        turn, count = (0, 1) if css.endswith("raw") else next(shares)
         for piece in _pieces(values, heights):
             drawn.append([(px(x), py(y)) for x, y in piece])
             points = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn[-1])
-            parts.append(f'<polyline class="curve {css}" points="{points}"/>')
+            parts.append(f'<polyline class="curve {css}"{_dashes(turn, count)} points="{points}"/>')
             if len(piece) == 1:  # a line of one point shows nothing
-                parts.append(f'<circle class="dot {css}" cx="{px(piece[0][0]):.1f}" cy="{py(piece[0][1]):.1f}" r="3"/>')
+                (x, y), r = drawn[-1][0], 3 + 9 * (count - 1 - turn) / max(count, 3)  # the later within the earlier
+                parts.append(f'<circle class="dot {css}" cx="{x:.1f}" cy="{y:.1f}" r="{r:.3g}"/>')
     for css, x, y, text in dots:
         parts.append(f'<circle class="dot {css}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="{4.5 if text else 3}"/>')
         if text:
@@ -73,6 +83,46 @@ def lines(
     parts += _upright(marks, px, (left, right), (top, bottom))
     parts += [_text(right, height - 4, x_label, "end"), _text(2, 12, y_label)]
     return _svg(parts, width, height, label)
+
+
+def _dashes(turn: int, count: int) -> str:
+    """Its own part of the way for each of ``count`` curves that lie on one another."""
+    if count == 1:
+        return ""
+    return f' stroke-dasharray="{DASH} {DASH * (count - 1)}" stroke-dashoffset="{-DASH * turn}"'
+
+
+def turns(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[tuple[int, int]]:
+    """Of each curve (xs, ys): which turn it takes among those that hide one another, and how many these are."""
+    kept = [[(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)] for xs, ys in curves]
+    heights = [y for points in kept for _, y in points]
+    near = HIDDEN * (max(heights) - min(heights)) if heights else 0.0
+    group = list(range(len(kept)))
+    for later, before in itertools.combinations(reversed(group), 2):
+        if group[later] != group[before] and _hide(kept[before], kept[later], near):
+            group = [group[before] if one == group[later] else one for one in group]
+    return [(group[:place].count(one), group.count(one)) for place, one in enumerate(group)]
+
+
+def _hide(one: Sequence[tuple[float, float]], two: Sequence[tuple[float, float]], near: float) -> bool:
+    """Do two curves lie on one another along half of the shorter one, or two lone points?"""
+    short, long = sorted((one, two), key=len)
+    if not short or (len(short) == 1) != (len(long) == 1):
+        return False
+    if long != sorted(long, key=lambda point: point[0]):  # it runs back: no height belongs to an x
+        return one == two
+    xs, ys = zip(*long, strict=True)
+    met = sum(xs[0] <= x <= xs[-1] and abs(_height(xs, ys, x) - y) <= near + 1e-12 * abs(y) for x, y in short)
+    return 2 * met >= len(short)
+
+
+def _height(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """A curve's height at x, between its points on a straight line."""
+    place = bisect.bisect_left(xs, x)
+    if xs[place] == x:
+        return ys[place]
+    share = (x - xs[place - 1]) / (xs[place] - xs[place - 1])
+    return ys[place - 1] + share * (ys[place] - ys[place - 1])
 
 
 def _beside(

@@ -12,6 +12,7 @@ from peft_fast.pages.html import document, escape, figure, table
 
 Result = Mapping[str, Any]
 COLOURS = ("#1f5fa8", "#c96a12", "#2c8a63", "#a53d6f", "#7a5bb0", "#8a7414", "#3f8fa3", "#6b7480")
+DASH = 3  # of runs that lie on one another, in widths of a line
 # where a run lies, what it is called and how it is watched does not change what it learns
 ASIDE = {"out", "name", "overwrite", "resume", "report_to", "log_every", "network", "search", "keep"}
 
@@ -73,7 +74,7 @@ def _held(result: Result, drawn: bool) -> str:
 
 
 def _rows(result: Result, split: str, drawn: bool) -> str:
-    """How many rows a split has, and how they were chosen."""
+    """How many rows a split has, and how they and what is asked of them were chosen."""
     how = (result.get("drawn") or {}).get(split) if drawn else None
     return f"{(result.get('rows') or {}).get(split)}" + f" ({how})" * bool(how)
 
@@ -190,8 +191,11 @@ def build(results: Sequence[Result], asked: str | None = None) -> str:
     for title, each in curves(results, name).items():
         for place, label in ((0, "step"), (1, "minutes of training")):
             series = [(f"line{i % 8}", one[place], one[2]) for i, one in enumerate(each) if one[0]]
-            drawing = charts.lines(series, label, title, f"{title} by {label}", 290)
-            parts.append(figure((key if place == 0 else "") + drawing, f"{title[:1].upper() + title[1:]} by {label}."))
+            drawing = charts.lines(series, label, title, f"{title} by {label}", 290, whole=place == 0)
+            under = f"{title[:1].upper() + title[1:]} by {label}."
+            if any(count > 1 for _, count in charts.turns([(xs, ys) for _, xs, ys in series])):
+                under += " Runs that lie on one another are dashed in turn."
+            parts.append(figure((key if place == 0 else "") + drawing, under))
     return document(whole, parts)
 
 
@@ -201,6 +205,8 @@ def draw(results: Sequence[Result], path: Path, asked: str | None = None) -> Non
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
     name, titles = metric(results, asked), names(results)
     found = curves(results, name) or {f"validation {name}": [([], [], [])] * len(results)}
@@ -208,10 +214,15 @@ def draw(results: Sequence[Result], path: Path, asked: str | None = None) -> Non
     for across, (title, each) in zip(grid, found.items(), strict=True):
         for place, label in ((0, "step"), (1, "minutes of training")):
             axes = across[place]
-            for i, one in enumerate(each):
+            turns = charts.turns([(one[place], one[2]) for one in each])
+            for i, (one, (turn, count)) in enumerate(zip(each, turns, strict=True)):
                 mark = "o" if len(one[0]) < 40 and "validation" in title else None
-                axes.plot(one[place], one[2], color=COLOURS[i % 8], lw=2, marker=mark, ms=4, label=_plain(titles[i]))
+                # each its own part of the way, and its points around those of the later ones
+                line = (DASH * (count - turn), (DASH, DASH * (count - 1))) if count > 1 else "-"
+                size = 4 + 16 * (count - 1 - turn) / max(count, 4)
+                axes.plot(one[place], one[2], color=COLOURS[i % 8], lw=2, ls=line, marker=mark, ms=size)
             axes.set_xlabel(label)
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=place == 0))
             axes.set_title(title, loc="left")
             axes.grid(axis="y", alpha=0.3)
             for side in ("top", "right"):
@@ -222,7 +233,8 @@ def draw(results: Sequence[Result], path: Path, asked: str | None = None) -> Non
     )
     said = f"{name}: {scores}" if len(results) <= 4 else heading(results, name)
     picture.suptitle(said, fontsize=10, x=0.01, ha="left")
-    grid[0][0].legend(frameon=False, fontsize=9)
+    entries = [Line2D([], [], color=COLOURS[i % 8], lw=2, label=_plain(title)) for i, title in enumerate(titles)]
+    grid[0][0].legend(handles=entries, frameon=False, fontsize=9)
     picture.tight_layout()
     picture.savefig(path)
     plt.close(picture)

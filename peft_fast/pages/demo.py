@@ -107,12 +107,14 @@ def _losses(both: Both) -> str:
         steps = list(range(1, len(run["losses"]) + 1))
         raw.append((f"{css} raw", steps, run["losses"]))
         thick.append((css, steps, digest.smooth(run["losses"])))
-    return _key(both) + charts.lines([*raw, *thick], "step", "loss", "training loss of both runs")
+    return _key(both) + charts.lines([*raw, *thick], "step", "loss", "training loss of both runs", whole=True)
 
 
 def _turns(both: Both) -> str:
     series = [(css, run["turn_steps"], digest.step_ms(run)) for _, css, run in both]
-    return _key(both) + charts.lines(series, "step", "ms a step", "milliseconds a step", height=270, zero=True)
+    return _key(both) + charts.lines(
+        series, "step", "ms a step", "milliseconds a step", height=270, zero=True, whole=True
+    )
 
 
 def _bars(both: Both, key: str, scale: float, unit: str, width: int = charts.HALF) -> str:

@@ -179,12 +179,14 @@ def _training(result: Result) -> list[str]:
         series.append(("line1", [float(x) for x, _ in evaluated], [y for _, y in evaluated]))
         key.append(("line1", "validation loss"))
     marks = _marks(result)
-    parts = [figure(charts.key(key) + charts.lines(series, "step", "loss", "loss by step", marks=marks), "")]
+    parts = [
+        figure(charts.key(key) + charts.lines(series, "step", "loss", "loss by step", marks=marks, whole=True), "")
+    ]
     half = []
     for entry, title in (("learning_rate", "Learning rate, of the fastest group."), ("grad_norm", "Gradient norm.")):
         xs, ys = _curve(result, entry)
         if any(map(math.isfinite, ys)):
-            drawn = charts.lines([("line2", xs, ys)], "step", "", title, 230, True, charts.HALF)
+            drawn = charts.lines([("line2", xs, ys)], "step", "", title, 230, True, charts.HALF, whole=True)
             half.append(figure(drawn, title if entry == "learning_rate" else title[:-1] + ", before clipping."))
     return [*parts, f'<div class="two">{"".join(half)}</div>'] if half else parts
 
@@ -201,7 +203,7 @@ def _evaluation(result: Result, name: str) -> list[str]:
         xs, ys = [x for x, _ in scores], [y for _, y in scores]
         better = "Higher is better." if result.get("higher", True) else "Lower is better."
         drawing = charts.lines(
-            [("line0", xs, ys)], "step", name, f"{name} by step", 280, marks=_marks(result), dots=dots
+            [("line0", xs, ys)], "step", name, f"{name} by step", 280, marks=_marks(result), dots=dots, whole=True
         )
         parts.append(figure(drawing, f"{name} on the validation rows. {better}"))
     else:
@@ -236,7 +238,7 @@ def _resources(result: Result) -> list[str]:
         xs, ys = _curve(result, entry)
         if any(map(math.isfinite, ys)):
             drawn = [("line0" if scale == 1 else "line3", xs, [max(y - before, 0.0) / scale for y in ys])]
-            half.append(figure(charts.lines(drawn, "step", word, text, 230, True, charts.HALF), text))
+            half.append(figure(charts.lines(drawn, "step", word, text, 230, True, charts.HALF, whole=True), text))
     parts = [f'<div class="two">{"".join(half)}</div>'] if half else []
     return [*parts, *_memory(result)]
 

@@ -107,7 +107,7 @@ def _course(rows: Sequence[Mapping[str, Any]], metric: str, higher: bool) -> str
         so_far.append(y if not so_far else (max if higher else min)(so_far[-1], y))
     dots = [("line1", x, y, "") for x, y in zip(xs, ys, strict=True)]
     key = charts.key([("line0", "best so far"), ("line1", "a trial")])
-    drawing = charts.lines([("line0", xs, so_far)], "trial", metric, f"{metric} by trial", 280, dots=dots)
+    drawing = charts.lines([("line0", xs, so_far)], "trial", metric, f"{metric} by trial", 280, dots=dots, whole=True)
     return figure(key + drawing, f"{metric} on the validation rows.")
 
 
@@ -158,6 +158,9 @@ def _png(plt: Any, name: str, metric: str, count: int) -> bytes:
         for label in axes.get_xticklabels():
             label.set_rotation(20)
             label.set_horizontalalignment("right")
+        trials = axes.collections[0]
+        if trials.colorbar and len({float(value) for value in trials.get_array()}) == 1:
+            trials.colorbar.remove()  # of one value it would make up a scale
     stream = io.BytesIO()
     drawn.savefig(stream, format="png", dpi=110, bbox_inches="tight", facecolor="white")
     return stream.getvalue()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # metrics in [0, 1] that people read as per cent; the others keep their own scale
-SHARES = ("accuracy", "precision", "recall", "f1", "exact", "auc", "map", "mar", "wer", "cer", "r2", "share", "within")
+SHARES = ("accuracy", "precision", "recall", "f1", "exact", "auc", "map", "mar", "wer", "cer", "share", "within")
 
 
 def metric(name: str, value: Any) -> str:
@@ -16,10 +16,14 @@ def metric(name: str, value: Any) -> str:
         return "–" if value is None else str(value)
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite"
-    words = name.lower().removeprefix("eval_").removeprefix("test_").split("_")
-    if abs(value) <= 1.5 and any(word in SHARES for word in words) and "r2" not in words:
+    if abs(value) <= 1.5 and share_of_one(name):
         return f"{100 * value:.1f} %"
     return plain(value)
+
+
+def share_of_one(name: str) -> bool:
+    """Is it by its name a metric that people read as per cent?"""
+    return any(word in SHARES for word in name.lower().split("_"))
 
 
 def plain(value: float) -> str:

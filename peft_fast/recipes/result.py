@@ -111,6 +111,16 @@ class Ending:
     signum: int = 0
 
 
+def drawn(prepared: Prepared) -> dict[str, str]:
+    """How a split's rows, and what is asked of those that judge, were chosen; nothing where all of a source is used."""
+    found = dict(getattr(prepared.splits, "drawn", {}))
+    for split in prepared.rows:
+        asked = "" if split == "train" else prepared.task.asked()
+        if asked:
+            found[split] = "; ".join(filter(None, [found.get(split), asked]))
+    return found
+
+
 def description(prepared: Prepared) -> dict[str, Any]:
     """What a run is, before it has done anything."""
     config = prepared.config
@@ -125,7 +135,7 @@ def description(prepared: Prepared) -> dict[str, Any]:
         "unit": prepared.task.unit,
         "rows": prepared.rows,
         "sources": dict(getattr(prepared.splits, "sources", {})),
-        "drawn": dict(getattr(prepared.splits, "drawn", {})),
+        "drawn": drawn(prepared),
         "notes": list(prepared.notes),
         "model": about(prepared.model, config),
     }

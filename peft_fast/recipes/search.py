@@ -71,9 +71,8 @@ def search(
     folder = config.out.expanduser()
     with _held(folder, config) as resumed, _quiet(), data.kept():
         rows = data.fingerprint(data.read(config, task), task)
-        found = _study(
-            Path(study) if study else folder / "study.db", config, tried, rows, task.judged_by[metric], prune
-        )
+        path = Path(study) if study else folder / "study.db"
+        found = _study(path, config, tried, rows, task.judged_by[metric], prune)
         searcher = Search(config, tried, metric, task.judged_by[metric], folder, found, prune, tell)
         if resumed:
             searcher.take_up()

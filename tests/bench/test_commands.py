@@ -27,7 +27,7 @@ def test_a_tiny_run_writes_a_document_and_a_picture(name, tmp_path, capsys):
     assert document["bench"] == name and document["scale"] == "tiny" and not document["refused"]
     for row in document["rows"]:
         assert set(row["providers"]) >= EVERYONE[name] and row["rounds"] == 2
-        assert {"stock", "peft_fast", "peft_fast bf16"} & set(row["match"])
+        assert set(row["match"]) >= {"peft_fast", "peft_fast bf16"} & set(row["providers"]) != set()
         assert max(row["match"].values()) <= 1
     assert picture.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
@@ -62,7 +62,9 @@ def test_one_op_saves_fewer_bytes_than_layer_by_layer(name, tmp_path):
     bench.app([name, "--tiny", "--dropout", "0", "--dtype", "fp32", "--repeats", "1", "--json", str(result)])
     rows = [row["bytes"] for row in harness.read(result)["rows"]]
     by_name = [{name: size["saved"] for name, size in row.items()} for row in rows]
-    for saved in (saved for saved in by_name if "stock" in saved):
+    found = [saved for saved in by_name if "stock" in saved]
+    assert found
+    for saved in found:
         # without dropout x is one tensor for all siblings; a block saves no h
         assert saved["peft_fast"] <= saved["layer by layer"] - (name == "lora_mlp") and saved["peft_fast"] > 0
 

@@ -116,6 +116,13 @@ def test_a_plan_that_breaks_its_process_breaks_nothing_else(tmp_path, monkeypatc
         assert found[plan].verdict in capsys.readouterr().out
 
 
+def test_a_plan_in_a_process_of_its_own():
+    """The real command: a plan that is there runs, and words that it does not know are broken."""
+    found = plans.tried(["torch augmented", "--nonsense"], "cpu", 120.0)
+    assert found["torch augmented"] == plans.Tried(plans.RUNS, "")
+    assert found["--nonsense"].verdict == plans.BROKEN and "error" in found["--nonsense"].why
+
+
 def test_only_a_broken_plan_is_left_out(tmp_path, monkeypatch):
     """One that had no time to compile keeps its place in the contract, at the gate and among the figures."""
     ran = []

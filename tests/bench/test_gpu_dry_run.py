@@ -1,19 +1,22 @@
 """`gpu.sh` end to end on the CPU: the steps that no other quick test runs, and (slow) all of them."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from peft_fast.benchmarks import harness, machine, plans, shapes, steps, table
+from peft_fast.backends import has
+from peft_fast.benchmarks import harness, machine, plans, sanitize, shapes, steps, table
+from peft_fast.dispatch import BACKEND_PLANS
 from peft_fast.errors import SettingsError
 
 NAMES = list(steps.ENDS)
 TRITON = not machine.no_interpreter()
-# the command lines of the others are tests of their own: test_commands.py, test_tuner.py, test_gpu_steps.py (sanitize,
-# whose calls are those of `plans`)
-QUICK = ("plans", "contract", "lora_linear")
+# the command lines of the others are tests of their own: test_commands.py, test_tuner.py, test_gpu.py (`plans`, which
+# runs the calls of `memcheck`, each plan's in a process)
+QUICK = ("contract", "lora_linear", "memcheck")
 
 
 def dry_run(root, out, *arguments):
@@ -39,7 +42,6 @@ def test_it_leaves_a_record_a_page_a_log_and_pictures(quick, root):
     status = {step["name"]: step["status"] for step in record["steps"]}
     assert list(status) == NAMES and {name for name, word in status.items() if word == "ok"} == set(QUICK)
     assert "gate: skipped, not asked for" in done.stdout
-    assert set(record["plans"]) and {found["verdict"] for found in record["plans"].values()} == {plans.RUNS}
     assert all(row["settings"]["gated_tokens"] == row["settings"]["M"] for row in record["runs"][0]["rows"])
     notes = {step["name"]: step["note"] for step in record["steps"]}
     assert "passed" in notes["contract"] and "failed" not in notes["contract"]
@@ -52,6 +54,15 @@ def test_it_leaves_a_record_a_page_a_log_and_pictures(quick, root):
     assert "dry run" in page and "torch, augmented" in page and "| contract | ok |" in page
     assert not any(str(root) in text or str(out) in text for text in (path.read_text(), page))
     assert sorted(p.suffix for p in out.iterdir()) == [".json", ".log", ".md", ".png"]
+
+
+def test_every_plan_and_op_ran_under_the_sanitizers_calls(quick):
+    (log,) = quick[2].glob("*.log")
+    calls = re.findall(r"^(\S+ \S+) \S+ (?:bf16|fp32) M, K, N = \(.*?\): (.*)$", log.read_text(), re.MULTILINE)
+    backend = "triton" if TRITON else "torch"
+    names = [*BACKEND_PLANS[backend], *(op for op in sanitize.SINGLE if TRITON and has("triton", op))]
+    assert {plan for plan, _ in calls} == {f"{backend} {name}" for name in names}
+    assert {how for _, how in calls} == {"ran"}
 
 
 def test_nothing_is_said_to_be_met_without_a_gpu(quick):
@@ -86,6 +97,7 @@ def test_all_steps(tmp_path, root):
     measured = ["lora_linear", "train_step", *shapes.ALONE, "generate", *shapes.OPS, "quantized"]
     ran = {"plans", "doctor", "gate", "contract", "ops", "memcheck", *measured}
     assert {name for name, word in status.items() if word == "ok"} >= ran
+    assert record["plans"] and {found["verdict"] for found in record["plans"].values()} == {plans.RUNS}
     notes = {step["name"]: step["note"] for step in record["steps"]}
     assert "passed" in notes["ops"] and "unsloth" in notes["peers"]
     assert [run["bench"] for run in record["runs"]] == measured

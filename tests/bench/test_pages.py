@@ -1,15 +1,20 @@
 """`bench pages`: each page's first command in a process of its own, and the part of the page that is made of it."""
 
 import json
+import math
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from peft_fast.benchmarks import harness, pages, table
 from peft_fast.cli import bench
 from peft_fast.errors import DataError, SettingsError, UnsupportedError
 from peft_fast.recipes.config import TASKS
+
+RESULT = Path(pages.__file__).parent / "results" / "pages.json"
 
 
 def metrics(better=0.8):
@@ -81,7 +86,10 @@ def test_a_result_of_another_kind_is_not_written_over(trained, tmp_path):
     ("better", "changes", "why"),
     [
         (0.8, {}, ""),
-        (0.2, {"higher": False}, ""),
+        (0.0, {"higher": False, "rows": {"train": 3200, "validation": 40}}, ""),
+        (0.5, {}, "is 50.0 %, and was 25.0 % before training: chance alone may make 35.4 % of 16 rows"),
+        (0.5, {"rows": {"train": 3200, "validation": 160}}, ""),
+        (0.2, {"higher": False}, "chance alone may make 30.6 % of 16 rows"),
         (0.2, {}, "f1 of the validation rows is 20.0 %, and was 25.0 % before training"),
         (0.8, {"higher": False}, "is 80.0 %, and was 25.0 %"),
         (0.25, {}, "is 25.0 %, and was 25.0 %"),
@@ -98,6 +106,62 @@ def test_what_learnt_nothing_is_refused(trained, capsys, better, changes, why):
     assert why in found and bool(why) == bool(found)
     assert bench.app(["pages", "--model", "regression", "--device", "cpu"]) == bool(why)
     assert why in capsys.readouterr().out
+
+
+def learnt(metric, before, after, rows, higher=True):
+    found = metrics() | {"metric": metric, "higher": higher, "rows": {"validation": rows}}
+    found |= {"evaluations": [{"step": 0, metric: before}], "final": {"validation": {metric: after}}}
+    return not pages.unlearnt(found)
+
+
+@pytest.mark.parametrize("page", harness.read(RESULT)["rows"], ids=lambda row: row["title"])
+def test_what_a_page_shows_was_learnt(page):
+    if page["command"] != pages.command(page["title"]):
+        pytest.skip("measured with another command than the page has now")
+    name = page["metric"]
+    values = page["before"][name], page["validation"][name]
+    assert learnt(name, *values, page["rows"]["validation"], page["higher"])
+    assert not learnt(name, *values, 2, page["higher"])  # the same of two rows would be chance
+
+
+def _shares(draw, rows):
+    return (draw.random(rows) < 0.3).mean()
+
+
+def _errors(draw, rows):
+    return draw.exponential(1.7, rows).mean()
+
+
+def _explained(draw, rows):
+    truth = draw.normal(size=rows)
+    answers = 0.2 * truth + 0.4 * draw.normal(size=rows)  # the best guess of truth, if 0.2 of its variance is known
+    return 1 - ((truth - answers) ** 2).sum() / ((truth - truth.mean()) ** 2).sum()
+
+
+def _told(draw, rows):
+    return np.corrcoef(draw.multivariate_normal([0, 0], [[1, 0.4], [0.4, 1]], rows).T)[0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "higher"),
+    [
+        ("accuracy", _shares, True),
+        ("wer", _shares, False),
+        ("chrf", lambda draw, rows: 100 * _shares(draw, rows), True),
+        ("mase", _errors, False),
+        ("perplexity", lambda draw, rows: math.exp(_errors(draw, rows)), False),
+        ("r2", _explained, True),
+        ("pearson", _told, True),
+    ],
+)
+def test_chance_alone_is_seldom_taken_for_learning(name, value, higher):
+    """A model that stays as it is, judged by rows that are drawn anew, seems to learn about once in 40 times."""
+    draw = np.random.default_rng(0)
+    for rows in (40, 300):
+        values = [value(draw, rows) for _ in range(1200)]
+        pairs = zip(values[::2], values[1::2], strict=True)
+        found = [learnt(name, before, after, rows, higher) for before, after in pairs]
+        assert 0 < np.mean(found) < 0.05, rows
 
 
 def test_a_few_steps_need_not_have_learnt(trained):

@@ -1,8 +1,12 @@
 """`compare`: the table, what differs, warnings, and files that are well-formed."""
 
 import json
+import re
 from xml.etree import ElementTree
 
+import matplotlib.colors
+import matplotlib.image
+import numpy as np
 import pytest
 
 from peft_fast.cli import compare
@@ -117,6 +121,36 @@ def test_the_picture_says_it_too(monkeypatch, tmp_path):
     page.draw([result(), result("two", 0.7)], tmp_path / "two.png")
     page.draw([result(str(i)) for i in range(6)], tmp_path / "six.png")
     assert said == ["accuracy: one 80.0 % (test), two 70.0 % (test)", "6 runs by accuracy of the test rows"]
+
+
+def test_runs_with_one_curve_are_all_seen(tmp_path):
+    same = [result(name) for name in ("one", "two", "three")]
+    text = page.build([*same, result("other", 0.5, 240.0)])
+    assert text.count("Runs that lie on one another are dashed in turn.") == 4
+    assert text.count('stroke-dashoffset="-9"') == 4 and text.count('stroke-dashoffset="-18"') == 4
+    assert "dashed" not in page.build([result("one"), result("two", 0.5, 240.0, r=8) | {"log": []}])
+    page.draw(same, tmp_path / "picture.png")
+    image = matplotlib.image.imread(tmp_path / "picture.png")[:, :, :3]
+    colours = [matplotlib.colors.to_rgb(colour) for colour in page.COLOURS[:3]]
+    halves = np.array_split(image, 2)  # the loss, and what they are judged by
+    seen = [[int((abs(half - colour).max(-1) < 0.02).sum()) for half in halves] for colour in colours]
+    assert np.min(seen) > 0.5 * np.max(seen), seen
+
+
+def test_a_picture_has_no_half_steps(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    said = []
+
+    def ticks(self, path):
+        said.extend([float(at) for at in axes.get_xticks()] for axes in self.axes if axes.get_xlabel() == "step")
+
+    monkeypatch.setattr(Figure, "savefig", ticks)
+    few = [{"step": step, "loss": 1.0, "accuracy": 0.5} for step in (0, 1, 2)]
+    short = result() | {"log": few, "evaluations": few}
+    assert re.findall('<text class="mid".*?>(.*?)<', page.build([short])).count("0.5") == 0
+    page.draw([short], tmp_path / "few.png")
+    assert len(said) == 2 and all(at.is_integer() for ats in said for at in ats) and {0.0, 1.0, 2.0} <= set(said[0])
 
 
 def test_where_a_run_lies_is_no_difference():

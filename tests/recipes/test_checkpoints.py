@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState
 from peft_fast import settings
 from peft_fast.errors import CheckpointError, UnsupportedError
 from peft_fast.recipes import checkpoints, weights
-from tests.recipes.small import SHORT, assert_equal, finish, in_child, killed, trainer_of
+from tests.recipes.small import SHORT, Killer, assert_equal, finish, in_child, killed, trainer_of
 
 
 @pytest.fixture(autouse=True)
@@ -308,3 +308,30 @@ def test_the_best_is_not_lost_where_trainer_would_delete_the_last(tmp_path):
     """Trainer with save_total_limit=1 removes the last checkpoint at the end: nothing to go on from."""
     trainer_of(tmp_path, "head", **{**SHORT, "save_total_limit": 1}).train()
     assert newest(tmp_path)[0] == "checkpoint-6"
+
+
+class Passing(TrainerCallback):
+    """Thaws a weight after the first step, moves it, and freezes it again after the third."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        weight = model.bert.pooler.dense.weight
+        if state.global_step in (1, 3):
+            weight.requires_grad_(state.global_step == 1)
+            weight.grad = None
+            with torch.no_grad():
+                weight.add_(0.25)
+
+
+def test_what_trained_for_a_while_is_kept_by_every_later_process(tmp_path):
+    """The second has it frozen from its beginning to its end, and still has to hand it on."""
+    options = {**SHORT, "num_train_epochs": 2}
+    expected = finish(tmp_path / "whole", "head", callbacks=[Passing()], **options)
+    for last in (5, 7):
+
+        def go(last=last):
+            trainer = trainer_of(tmp_path / "cut", "head", callbacks=[Killer("step", last), Passing()], **options)
+            trainer.train(checkpoints.latest(tmp_path / "cut"))
+
+        assert in_child(go)
+    assert newest(tmp_path / "cut") == ("checkpoint-6", [])
+    assert_equal(expected, finish(tmp_path / "cut", "head", callbacks=[Passing()], **options))

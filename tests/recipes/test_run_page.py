@@ -235,6 +235,65 @@ def test_gaps_break_a_curve_and_lone_points_are_dots():
     assert text.count("<polyline") == 2 and text.count("<circle") == 1
 
 
+def _drawn(text):
+    """(class, dashes, their offset) of each curve."""
+    return re.findall(r'<polyline class="curve (.*?)"(?: stroke-dasharray="(.*?)" stroke-dashoffset="(.*?)")? p', text)
+
+
+def test_curves_that_lie_on_one_another_are_dashed_in_turn():
+    xs, one, two = [0, 10, 20, 30], [4.0, 2.0, 1.0, 0.5], [3.0, 3.0, 3.5, 2.0]
+    given = [("line0", xs, one), ("line1", xs, two), ("line2", xs, one), ("line3", xs[:3], one[:3])]
+    dashes = "9 18"
+    every = [("line0", dashes, "0"), ("line1", "", ""), ("line2", dashes, "-9"), ("line3", dashes, "-18")]
+    assert _drawn(charts.lines(given, "x", "y", "l")) == every
+    # what is drawn faint is below its own mean, and takes no turn
+    assert _drawn(charts.lines([("line0 raw", xs, one), ("line0", xs, one)], "x", "y", "l"))[1][1] == ""
+    # lone points lie within one another
+    lone = charts.lines([("line0", [1], [2.0]), ("line1", [1], [2.0])], "x", "y", "l")
+    assert re.findall('<circle class="dot (line.)".*? r="(.*?)"', lone) == [("line0", "6"), ("line1", "3")]
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "hidden"),
+    [
+        (([0, 2, 4], [5.0, 3.0, 1.0]), ([0, 1, 2, 3, 4], [5.0, 4.0, 3.0, 2.0, 1.0]), True),  # of other steps
+        (([0, 1, 2, 3], [5.0, 4.0, 3.0, 2.0]), ([0, 1, 2, 3], [5.01, 4.01, 3.01, 2.01]), True),  # within a line's width
+        (([0, 1, 2, 3], [5.0, 4.0, 3.0, 2.0]), ([0, 1, 2, 3], [5.1, 4.1, 3.1, 2.1]), False),
+        (([0, 1, 2, 3], [5.0, 4.0, 3.0, 2.0]), ([0, 1, 2, 3], [5.0, 4.0, 2.5, 1.0]), True),  # half of the way
+        (([0, 1, 2, 3], [5.0, 4.0, 3.0, 2.0]), ([0, 1, 2, 3], [5.0, 3.5, 2.5, 1.0]), False),
+        (([0, 1], [5.0, 4.0]), ([2, 3], [5.0, 4.0]), False),  # beside one another
+        (([1], [4.0]), ([0, 1, 2], [5.0, 4.0, 3.0]), False),  # a point is seen on a line
+        (([], []), ([0, 1], [5.0, 4.0]), False),
+        (([0, 1, 2], [math.nan] * 3), ([0, 1, 2], [math.nan] * 3), False),
+        (([0, 1, 2], [5.0, math.nan, 3.0]), ([0, 1, 2], [5.0, math.nan, 3.0]), True),
+        (([0, 0, 1], [0.0, 1.0, 1.0]), ([0, 0, 1], [0.0, 1.0, 1.0]), True),  # upright
+        (([0, 2, 1], [0.0, 1.0, 2.0]), ([0, 2, 1], [0.0, 1.0, 2.0]), True),  # back and forth
+        (([0, 1, 2], [3.0, 3.0, 3.0]), ([0, 1, 2], [3.0, 3.0, 3.0]), True),
+    ],
+)
+def test_which_curves_hide_one_another(one, two, hidden):
+    assert charts.turns([one, two]) == ([(0, 2), (1, 2)] if hidden else [(0, 1), (0, 1)])
+    assert charts.turns([two, one]) == charts.turns([one, two])
+
+
+@pytest.mark.parametrize(("last", "shown"), [(2, "0 1 2"), (5, "0 1 2 3 4 5"), (30, "0 5 10 15 20 25 30")])
+def test_what_is_counted_has_ticks_at_whole_numbers(last, shown):
+    def across(**how):
+        text = charts.lines([("a", list(range(last + 1)), [1.0] * (last + 1))], "trial", "y", "l", **how)
+        return re.findall('<text class="mid".*?>(.*?)<', text)
+
+    assert " ".join(across(whole=True)) == shown
+    assert last > 2 or "0.5" in across()
+
+
+def test_there_is_no_half_a_step():
+    log = [{"step": step, "loss": 1.0, "learning_rate": 1e-3, "per_second": 9.0} for step in (1, 2, 3)]
+    judged = [{"step": step, "epoch": 1.0, "loss": 0.5, "accuracy": 0.5} for step in (0, 1, 2)]
+    text = build(log=log, evaluations=judged, best={"step": 1, "value": 0.5}, unfrozen=[], sizes=[], resumed_at=[])
+    ticks = re.findall('<text class="mid".*?>(.*?)<', text)
+    assert " ".join(ticks) == "0 1 2 3 0 1 2 3 1 2 3 1 2 3", ticks
+
+
 @pytest.mark.parametrize("ys", [(5, 4, 1), (1, 4, 5), (1, 5, 2), (5, 1, 4), (4, 1, 5), (3, 3, 3), (5, 5, 1)])
 @pytest.mark.parametrize("better", [max, min])
 def test_the_word_beside_the_best_point_is_on_no_curve(ys, better):

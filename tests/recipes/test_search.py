@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 
 import pytest
 
@@ -99,6 +100,26 @@ def test_a_search_finds_the_best_and_leaves_it(monkeypatch, given, plots, tmp_pa
     assert {path.name for path in folder.glob("*.png")} == {"importance.png", "parallel.png"}
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png") == 2 and "best.yaml" in page
+
+
+def test_there_is_no_half_a_trial():
+    row = {"state": "done", "seconds": 1.0, "reason": "", "options": {}}
+    rows = [row | {"trial": trial, "best": trial == 0, "accuracy": 0.5 - trial / 10} for trial in range(3)]
+    assert re.findall('<text class="mid".*?>(.*?)<', page.build(rows, "accuracy", True, {})) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("values", [(0.5, 0.5, 0.5), (0.5, 0.5, 0.6)])
+def test_trials_that_are_all_alike_have_no_scale_of_colours(monkeypatch, values):
+    import optuna
+    from matplotlib.figure import Figure
+
+    study, seen = optuna.create_study(), []
+    choices = optuna.distributions.CategoricalDistribution([2, 4, 8])
+    for r, value in zip((2, 4, 8), values, strict=True):
+        study.add_trial(optuna.create_trial(params={"r": r}, distributions={"r": choices}, value=value))
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **how: seen.append([one.get_label() for one in self.axes]))
+    assert list(page.draw(study, "accuracy")) == ["parallel"]
+    assert ("<colorbar>" in seen[0]) == (len(set(values)) > 1)
 
 
 def test_trials_that_end_where_they_began_have_their_own_values(monkeypatch, given, tmp_path):

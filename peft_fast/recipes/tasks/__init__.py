@@ -141,6 +141,10 @@ class Task:
         """Features for ``collate``, in the rows' order; a row may give several. Column `row`: its place in ``rows``."""
         raise NotImplementedError
 
+    def asked(self) -> str:
+        """Which part of its rows an evaluation asks, where that is drawn: runs that differ here answered others."""
+        return ""
+
     def collate(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One batch of tensors. Draws only from torch's generator."""
         raise NotImplementedError

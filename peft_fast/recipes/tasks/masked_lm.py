@@ -95,6 +95,10 @@ class Task(text.TextTask):
             made["labels"] = [labels[0].tolist() for _, labels in masked]
         return datasets.Dataset.from_dict(made)
 
+    def asked(self) -> str:
+        share, seed = self.config.mask_share, self.config.seed
+        return f"{share:g} of the tokens of blocks of {self.limit}, drawn by seed {seed}"
+
     def _frame(self) -> tuple[list[int], list[int]]:
         """The special tokens before and behind a text."""
         inner = self.processor("a", add_special_tokens=False)["input_ids"]

@@ -70,6 +70,18 @@ def test_a_command_parses_and_configures(page, line, tmp_path, monkeypatch):
             config.read(chosen)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_command_reads_was_made_by_one_before_it(page):
+    made = set()
+    for line in commands(page):
+        if made_of_files(line):
+            continue
+        out = line[line.index("--out") + 1] if "--out" in line else None
+        read = {word for word in line[2:] if word.startswith("runs/") and (word != out or "--resume" in line)}
+        assert read <= made, f"{shlex.join(line)}: nothing on the page makes {', '.join(sorted(read - made))}"
+        made.add(out)
+
+
 FIRST = [next(line for line in commands(page) if line[1] == "train") for page in PAGES if page.stem in config.TASKS]
 
 

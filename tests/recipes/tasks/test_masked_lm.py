@@ -87,6 +87,23 @@ def test_training_masks_anew_and_evaluation_always_alike(tiny_bert):
     assert fixed[0]["input_ids"] == fixed[1]["input_ids"] and fixed[0]["labels"] == fixed[1]["labels"]
 
 
+def test_runs_of_another_seed_are_asked_other_words_and_compare_says_so(tiny_bert, tmp_path):
+    from peft_fast.pages import compare
+
+    found = texts.files(tmp_path, texts.echoes)
+    options = dict(steps=1, max_length=16)
+    runs = [
+        texts.trained(NAME, tiny_bert, found, tmp_path / f"run-{i}", **options, **more).result
+        for i, more in enumerate(({}, {"learning_rate": 1e-5}, {"seed": 1}, {"mask_share": 0.3}))
+    ]
+    asked = "0.15 of the tokens of blocks of 16, drawn by seed 0"
+    assert runs[0]["drawn"] == {"validation": asked} and runs[2]["drawn"]["validation"].endswith("by seed 1")
+    said = [compare.warnings([runs[0], other]) for other in runs[1:]]
+    assert [sum("not the same rows they are judged by" in text for text in each) for each in said] == [0, 1, 1]
+    stars = [any("*" in row[1] for row in compare.rows([runs[0], other])[1]) for other in runs[1:]]
+    assert stars == [True, False, False]
+
+
 def test_metrics_are_of_hidden_tokens_alone(tiny_bert):
     made, splits, _ = texts.ready(NAME, tiny_bert, ROWS)
     model = made.load_model(torch.float32)
