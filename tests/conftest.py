@@ -1,10 +1,10 @@
 """One thread, no network, a cache of its own, and the same seeds for every test."""
 
 import os
-import random
 import signal
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 # read by torch and transformers when they are imported, so set before that
@@ -46,10 +46,16 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def seeds():
-    """torch's and Python's generators start every test the same."""
-    random.seed(0)
-    torch.manual_seed(0)
+def as_any_other():
+    """A test starts with the same seeds and nothing compiled, and what it leaves changed is undone, and told."""
+    from tests import process
+
+    process.seed()
+    before = process.state()
+    yield
+    process.forget_what_was_compiled()
+    for told in process.restore(before):
+        warnings.warn(f"the test left something changed: {told}", stacklevel=1)
 
 
 @pytest.fixture(scope="session")

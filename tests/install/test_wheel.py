@@ -135,8 +135,9 @@ def test_a_source_archive_holds_all_that_a_wheel_needs(checkout):
     done = subprocess.run([sys.executable, "-c", code], cwd=checkout, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     names = {n.partition("/")[2] for n in tarfile.open(checkout / done.stdout.split()[-1]).getnames()}
-    for folder in ("csrc", "kernels", "benchmarks", "peft_fast"):
-        for path in (checkout / folder).rglob("*"):
-            if path.suffix in (".py", ".cpp", ".h"):
-                assert path.relative_to(checkout).as_posix() in names
+    kinds = {".py", ".cpp", ".h", ".cu", ".cuh", ".css"}
+    needed = [p for folder in ("csrc", "kernels", "benchmarks", "peft_fast") for p in (checkout / folder).rglob("*")]
+    needed = [path for path in needed if path.suffix in kinds]
+    assert {path.suffix for path in needed} == kinds
+    assert not {path.relative_to(checkout).as_posix() for path in needed} - names
     assert not [n for n in names if n.endswith((".so", "build_info.json"))]

@@ -7,6 +7,7 @@ nearest even, as the hardware does. What is still wrong there, reductions of raw
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 
 import numpy as np
@@ -93,3 +94,23 @@ def install() -> None:
     builder.get_bf16 = lambda self, value: Handle(narrow(np.array([value], np.float32)), tl.bfloat16)
     base = interpreter.ReduceScanOpInterface
     base.apply = _refuses_bf16(base.apply)
+
+
+def patch_once() -> None:
+    """Triton's language is the interpreter's for good.
+
+    The interpreter searches all of it at every launch and at every call of a device function, and so spends a third of
+    its time.
+    """
+    everything = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
+    interpreter._patch_lang(everything)
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+    # a table of all dtypes, made anew for every constant; types are equal by their names and have no hash
+    found, known = interpreter._get_np_dtype, {}
+
+    def once(kind):
+        if kind.name not in known:
+            known[kind.name] = found(kind)
+        return known[kind.name]
+
+    interpreter._get_np_dtype = once

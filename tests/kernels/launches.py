@@ -46,8 +46,13 @@ ONE_TILE = (
     "nf4 nested",
 )
 WITH_DROPOUT = ("shrink", "outer", "expand", "backward", "group backward", "activate", "activate backward", "drop")
-# kernels without a product, or of one that is too small for a matrix unit
-PLAIN = ("activate", "gather", "scatter", "finalize", "decode_finish", "dora_linear_scale", "drop_kernel", "nf4")
+# name -> the dtypes of x, W, H and of the adapters
+KINDS = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "f16": (torch.float16, torch.float16),
+    "f32": (torch.float32, torch.float32),
+    "bf16_f32_adapters": (torch.bfloat16, torch.float32),
+}
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -39,6 +39,11 @@ ARCHS = {
     "sm_120": Arch(GPUTarget("cuda", 120, 32), 101376, 170, r"\bmma\.sync"),
     "gfx942": Arch(GPUTarget("hip", "gfx942", 64), 65536, 304, r"v_mfma_"),
 }
+# quick tests compile for these alone
+FIRST = ("sm_80", "sm_90", "gfx942")
+# kernels without a product, or of one that is too small for a matrix unit
+PLAIN = "activate gather scatter collect finalize decode_finish linear_scale drop_kernel nf4".split()
+FULL = ("fused", "group", "experts_product")  # these reach the peak
 # what multiplies in a machine's own code, with or without a matrix unit
 PRODUCTS = r"HG?MMA\.|UTC[A-Z]*MMA|FFMA|v_mfma_|v_(pk_)?fma"
 
@@ -129,6 +134,18 @@ class Launch:
             return subprocess.check_output(
                 [knobs.nvidia.cuobjdump.path, what, file.name], text=True, stderr=subprocess.STDOUT
             )
+
+
+def matrix(arch: str, kind: str, kernel: Launch) -> str:
+    """The matrix instructions a kernel must have: float32 is multiplied without them on NVIDIA's."""
+    if any(plain in kernel.name for plain in PLAIN) or (kind == "f32" and arch != "gfx942"):
+        return ""
+    return ARCHS[arch].gemm if any(full in kernel.name for full in FULL) else MATRIX
+
+
+def faults(arch: str, kind: str, found: list[Launch]) -> list[str]:
+    """What no kernel of ours may show, in words."""
+    return [f"{kernel}: {fault}" for kernel in found for fault in kernel.faults(matrix(arch, kind, kernel))]
 
 
 def count(pattern: str, code: list[str]) -> int:

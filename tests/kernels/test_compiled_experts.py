@@ -11,11 +11,10 @@ from peft_fast.backends.triton import lora_experts as backend
 from peft_fast.kernels import launch, lora_experts, tiles
 from peft_fast.ops.spec import ExpertsSpec, Routing
 from tests.kernels.experts import launches
-from tests.kernels.launches import empty
-from tests.kernels.recording import ARCHS, MATRIX, PRODUCTS, count, recording
+from tests.kernels.launches import KINDS, empty
+from tests.kernels.recording import ARCHS, PRODUCTS, count, faults, recording
 
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-KINDS = {"bf16": (BF16, BF16), "f16": (F16, F16), "f32": (F32, F32), "bf16_f32_adapters": (BF16, F32)}
+BF16, F32 = torch.bfloat16, torch.float32
 E, K, N = 128, 2048, 1536
 # rows of an expert: blocks of rows are narrow, and wide
 ROWS = {"few": 32, "many": 512}
@@ -29,16 +28,6 @@ def compiled(arch, name, kind="bf16_f32_adapters", rank=16, rows="many", tokens=
     with recording(arch) as found:
         launches(counts, 0, K, N, rank, *KINDS[kind], tokens=sum(counts) // 8 if tokens else 0)[name]()
     return found
-
-
-def faults(arch, kind, found):
-    """What no kernel may show; float32 is multiplied without matrix instructions on NVIDIA's."""
-    wanted = "" if kind == "f32" and arch != "gfx942" else MATRIX
-    told = []
-    for kernel in found:
-        gemm = ARCHS[arch].gemm if wanted and "product" in kernel.name else wanted
-        told += [f"{kernel}: {fault}" for fault in kernel.faults("" if "collect" in kernel.name else gemm)]
-    return told
 
 
 def rows_of():

@@ -10,12 +10,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 from peft_fast.backends.triton import lora_mixed as backend
 from peft_fast.kernels import launch
 from peft_fast.ops.spec import MixedSpec
-from tests.kernels.launches import empty
-from tests.kernels.recording import ARCHS, MATRIX, recording
+from tests.kernels.launches import KINDS, empty
+from tests.kernels.recording import ARCHS, FIRST, MATRIX, recording
 
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-KINDS = {"bf16": (BF16, BF16), "f16": (F16, F16), "f32": (F32, F32), "bf16_f32_adapters": (BF16, F32)}
-FIRST = ("sm_80", "sm_90", "gfx942")
+BF16, F32 = torch.bfloat16, torch.float32
 K, N, CROWD = 4096, 4096, 16
 
 

@@ -13,13 +13,9 @@ from peft_fast.dispatch import BACKEND_PLANS
 FOLDER = "tests/kernels/interpreted"
 # the contract's tests name the plan they run, and take long: a process for each
 PARTS = {
-    "bf16": ["test_bf16.py"],
-    "addresses": ["test_addresses.py"],
     "mutants": ["test_mutants.py"],
     "other_ops": ["test_other_ops.py"],
-    "experts": ["test_experts.py"],
-    "mixed": ["test_mixed.py"],
-    "nf4": ["test_nf4.py"],
+    "the others": ["test_bf16.py", "test_addresses.py", "test_experts.py", "test_mixed.py", "test_nf4.py"],
     **{plan: ["test_contract.py", "-k", f"triton-{plan}"] for plan in BACKEND_PLANS["triton"]},
     # what every backend is asked, of this one; in one dtype with casts on every path where a test has several
     "autograd": [
@@ -35,7 +31,7 @@ PARTS = {
         "-k",
         "triton and bf16_f32_adapters and not (bad_token and accumulate) and not scratch and not (twice and large)",
     ],
-    "compiled": ["../../ops/test_compile.py", "-k", "triton"],
+    "compiled": ["../../ops/test_compile.py", "../../ops/test_compile_dynamic.py", "-k", "triton"],
 }
 
 

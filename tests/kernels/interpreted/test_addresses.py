@@ -84,7 +84,9 @@ def test_other_tiles(op, which):
     if which >= min(map(len, table.values())):
         pytest.skip("the table has no such tile")
     overrides = {(op, s, "bf16"): table[s][which] for s in shapes}
-    for name in (name for name in OPS if OP_OF.get(name.removeprefix("frozen ")) == op):
+    names = [name for name in OPS if OP_OF.get(name.removeprefix("frozen ")) == op]
+    assert names
+    for name in names:
         with addresses() as found:
             results = calls(M, K, N, ranks, ps, overrides=overrides)[name]()
         for result in results:

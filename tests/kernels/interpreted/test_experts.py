@@ -13,6 +13,7 @@ from tests import cases_lora_experts, numerics
 from tests.inputs import DTYPES
 from tests.kernels.experts import launches
 from tests.kernels.interpreted.addresses import addresses
+from tests.kernels.interpreted.rows import rows
 
 BF16, F32 = torch.bfloat16, torch.float32
 # blocks of either width, some of one expert, and no size that a tile divides
@@ -26,18 +27,9 @@ KINDS = {
     "f32": "bias rank_64 tensor_scaling",
     "f16": "transposed_bias young two_adapters",
 }
-ROWS = [
-    pytest.param(case, dtypes, id=f"{dtypes}-{case.name}")
-    for dtypes, names in KINDS.items()
-    for case in (*cases_lora_experts.CASES, CROSSING)
-    if case.name in names.split()
-]
+ROWS = rows(KINDS, (*cases_lora_experts.CASES, CROSSING))
 MODULES = [device, gemm, lora_experts]
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "no_call_left_to_torch")
-
-
-def test_every_case_that_is_named_is_run():
-    assert len(ROWS) == sum(len(names.split()) for names in KINDS.values())
 
 
 @pytest.mark.parametrize(("case", "dtypes"), ROWS)

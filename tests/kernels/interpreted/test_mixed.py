@@ -7,6 +7,7 @@ from peft_fast import ops
 from peft_fast.kernels import device, lora_mixed, split
 from tests import cases_lora_mixed, numerics
 from tests.kernels.interpreted.addresses import addresses
+from tests.kernels.interpreted.rows import rows
 from tests.kernels.launches import empty
 
 KINDS = {
@@ -18,18 +19,9 @@ KINDS = {
     "f16_f32_adapters_autocast": "plain",
 }
 (TRITON,) = [p for p in numerics.gpu_providers("lora_mixed") if p.backend == "triton"]
-ROWS = [
-    pytest.param(case, dtypes, id=f"{dtypes}-{case.name}")
-    for dtypes, names in KINDS.items()
-    for case in cases_lora_mixed.CASES
-    if case.name in names.split()
-]
+ROWS = rows(KINDS, cases_lora_mixed.CASES)
 MANY = (1 << 23) + 3
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "no_call_left_to_torch")
-
-
-def test_every_name_is_a_case():
-    assert len(ROWS) == sum(len(names.split()) for names in KINDS.values())
 
 
 @pytest.mark.parametrize(("case", "dtypes"), ROWS)

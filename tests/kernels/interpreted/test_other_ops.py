@@ -13,6 +13,7 @@ from tests import (
     numerics,
 )
 from tests.inputs import DTYPES, Layer
+from tests.kernels.interpreted.rows import rows
 
 # tiles here are 32 rows by 128 columns: every block is crossed, and no sibling ends where a tile does
 CROSSING = cases_lora_group.Case(
@@ -79,11 +80,9 @@ TABLES = {
 # the plan of a block is that of its linear layers
 PROVIDERS = {op: [p for p in numerics.gpu_providers(op) if op == "lora_group" or p.plan != "fused"] for op in TABLES}
 ROWS = [
-    pytest.param(provider, case, dtypes, id=f"{op}-{provider}-{dtypes}-{case.name}")
+    pytest.param(provider, *row.values, id=f"{row.id}-{provider}")
     for op, (table, kinds) in TABLES.items()
-    for dtypes, names in kinds.items()
-    for case in (*table.CASES, CROSSING)
-    if case.op == op and case.name in names.split()
+    for row in rows(kinds, [case for case in (*table.CASES, CROSSING) if case.op == op], f"{op}-")
     for provider in PROVIDERS[op]
 ]
 EMPTY = [
