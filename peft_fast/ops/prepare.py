@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -59,12 +60,14 @@ def _into_A(adapter):
     return Adapter(adapter.A.to(wide) * adapter.scaling, adapter.B.to(wide), 1.0, adapter.p, bias)
 
 
-def adds_nothing(x: Tensor, adapters: Iterable[Adapter]) -> bool:
+def adds_nothing(x: Tensor, adapters: Sequence[Adapter]) -> bool:
     """Is every B zero, as before training? Such a layer is compared with its base, and is to have the base's bits.
 
     Looked at where that costs next to nothing: on the CPU, and a trained B is known by its first elements.
     """
     if not x.is_cpu or torch.compiler.is_compiling() or not native.load():
+        return False
+    if any(a.bias is not None or type(a.scaling) is not float or not math.isfinite(a.scaling) for a in adapters):
         return False
     As, Bs = [a.A for a in adapters], [a.B for a in adapters]
     if any(B.dtype not in (torch.float32, torch.bfloat16) for B in Bs) or not torch.ops.peft_fast.all_zero.default(Bs):

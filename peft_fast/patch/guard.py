@@ -10,7 +10,7 @@ import functools
 import torch
 
 from peft_fast import settings
-from peft_fast.ops import lora_decode, lora_linear
+from peft_fast.ops import lora_decode, lora_linear, prepare
 from peft_fast.patch import decode, dora, groups, ledger, mixed, plan, quantized
 from peft_fast.patch.marks import wanted
 
@@ -46,6 +46,10 @@ def forward(self, x, *args, **kwargs):
         if not compiling:
             ledger.count(self, reason)
         return plan.stock_linear(self, x, *args, **kwargs)
+    if not torch.is_grad_enabled() and prepare.adds_nothing(x, layer.adapters):
+        prepare.count_call()
+        ledger.count(self, None)
+        return self.base_layer(x)
     few = not compiling and decode.late(x, layer)
     y = groups.run(self, x, layer) if grouped and not few else None
     if y is None:

@@ -1,4 +1,4 @@
-"""An adapter that was not trained, B = 0, changes nothing: generating, a layer has its base's bits, as PEFT's has."""
+"""An adapter that was not trained, B = 0, adds nothing: a layer without gradients has its base's bits, as PEFT's."""
 
 import importlib
 
@@ -16,9 +16,9 @@ pytestmark = pytest.mark.skipif(not native.load(), reason=native.reason() or "li
 op = importlib.import_module("peft_fast.ops.lora_experts")
 
 
-@pytest.fixture(autouse=True)
-def as_users_have_it():
-    with settings.override(min_tokens=128):
+@pytest.fixture(autouse=True, params=[128, 0], ids=["as users have it", "few tokens are many"])
+def _min_tokens(request):
+    with settings.override(min_tokens=request.param):
         yield
 
 
@@ -32,10 +32,10 @@ def base_of(model, *args):
         return model(*args)
 
 
-@pytest.mark.parametrize("rows", [(1,), (8,), (2, 1, 4), ()], ids=str)
+@pytest.mark.parametrize("rows", [(1,), (8,), (2, 1, 4), (), (3, 50)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layer", [nn.Linear, conv1d, lambda k, n: nn.Linear(k, n, bias=False)])
-def test_few_tokens(layer, dtype, rows):
+def test_layers(layer, dtype, rows):
     model = fresh(dtype, layer=layer, autocast_adapter_dtype=True)
     x = inputs(*rows, K, dtype=dtype).detach()
     with torch.inference_mode():
@@ -44,6 +44,17 @@ def test_few_tokens(layer, dtype, rows):
         assert torch.equal(y, base_of(model, x)) and y.dtype is dtype
         layers(model)[1].lora_B["default"].weight[-1, -1] = 0.5
         assert not torch.equal(model(x), y), "one element of B is enough to be seen"
+
+
+@pytest.mark.parametrize("scaling", [torch.inf, torch.nan])
+def test_a_scaling_that_is_not_finite(scaling):
+    model = fresh()
+    layers(model)[0].scaling["default"] = scaling
+    with torch.no_grad():
+        got = model(inputs())
+        with stock():
+            expected = model(inputs())
+    assert torch.equal(got.isfinite(), expected.isfinite()) and not got.isfinite().all()
 
 
 def test_a_bias_of_B_is_added():
