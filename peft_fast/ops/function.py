@@ -44,9 +44,22 @@ def _one_by_one(backward: Callable) -> Callable:
     return either
 
 
+class _Once:
+    """A ctx whose saved tensors are asked for once: a checkpoint gives them no second time."""
+
+    def __init__(self, ctx):
+        self.__dict__.update(ctx=ctx, saved_tensors=ctx.saved_tensors)
+
+    def __getattr__(self, name):
+        return getattr(self.ctx, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.ctx, name, value)
+
+
 def _each(backward, ctx, gs):
     """Gradients with the batch in front -> the backward's results, stacked the same way."""
-    size = max(g.shape[0] for g in gs if g is not None)
+    size, ctx = max(g.shape[0] for g in gs if g is not None), _Once(ctx)
     rows = [backward(ctx, *[g if g is None else g[min(i, g.shape[0] - 1)] for g in gs]) for i in range(size)]
     rows = [row if isinstance(row, tuple) else (row,) for row in rows]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]

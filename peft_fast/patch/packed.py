@@ -118,26 +118,28 @@ class Base(NamedTuple):
 def base_of(base: nn.Module) -> Base:
     """The base layer of a LoRA layer that PEFT makes for a quantized one."""
     for library, read in _READERS.items():
-        if library in sys.modules and (found := read(base)) is not None:
+        if sys.modules.get(library) is not None and (found := read(base)) is not None:
             return found if found.W is None or not plan.hooked(base) else Base(found.kind)
     return Base(type(base).__name__)
 
 
 def bitsandbytes_makes(base: nn.Module) -> bool:
     """Is it one of bitsandbytes' layers?"""
-    return type(base) is not nn.Linear and "bitsandbytes" in sys.modules and isinstance(base, _kinds())
+    return type(base) is not nn.Linear and isinstance(base, _kinds())
 
 
 def _kinds():
-    layers = sys.modules["bitsandbytes"].nn
-    return layers.Linear4bit, layers.Linear8bitLt
+    """bitsandbytes' classes; () where it is not imported, or something else has its name."""
+    layers = getattr(sys.modules.get("bitsandbytes"), "nn", None)
+    found = [getattr(layers, name, None) for name in ("Linear4bit", "Linear8bitLt")]
+    return tuple(found) if all(isinstance(kind, type) for kind in found) else ()
 
 
 def _bitsandbytes(base):
+    if not bitsandbytes_makes(base):
+        return None
     nn4, nn8 = _kinds()
-    if isinstance(base, nn4):
-        return _four_bits(base, nn4)
-    return _eight_bits(base, nn8) if isinstance(base, nn8) else None
+    return _four_bits(base, nn4) if isinstance(base, nn4) else _eight_bits(base, nn8)
 
 
 def _four_bits(base, kind):
@@ -178,11 +180,10 @@ def settle(base: nn.Module, x: Tensor) -> bool:
 
     Else its second call would go another way than its first, and that may be a checkpoint's recomputation.
     """
-    bnb = sys.modules.get("bitsandbytes")
-    kind = next((k for k in _kinds() if isinstance(base, k)), None) if bnb else None
+    kind = next((k for k in _kinds() if isinstance(base, k)), None)
     if kind is None or type(base).forward is not kind.forward or plan.hooked(base):
         return False
-    changed, dtype = False, x.dtype
+    changed, dtype, bnb = False, x.dtype, sys.modules["bitsandbytes"]
     if kind is bnb.nn.Linear4bit:
         W = base.weight
         if isinstance(W, bnb.nn.Params4bit) and W.quant_state is None and base.quant_state is not None:
@@ -227,8 +228,8 @@ def _torchao(base):
 
 
 def _hqq(base):
-    kind = sys.modules["hqq.core.quantize"].HQQLinear
-    if not isinstance(base, kind):
+    kind = getattr(sys.modules["hqq.core.quantize"], "HQQLinear", None)
+    if kind is None or not isinstance(base, kind):
         return None
     name = "HQQ"
     if not base.ready or type(base) is not kind or kind.forward is not kind.forward_pytorch_backprop:

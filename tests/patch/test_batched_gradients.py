@@ -6,6 +6,7 @@ import pkgutil
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import peft_fast
 from peft_fast import ops
@@ -34,9 +35,15 @@ def layers_only(dtype, layer=nn.Linear, **config):
     return model, model(inputs(8, 7, K, dtype=dtype))
 
 
+def checkpointed(**config):
+    model = toy(base_dtype=F32, **config)
+    return model, checkpoint(model, inputs(8, 7, K), use_reentrant=False)
+
+
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 CASES = {
     "layers": lambda: layers_only(F32, lora_dropout=0.3, bias="all"),
+    "checkpointed": lambda: checkpointed(bias="all"),
     "float64": lambda: layers_only(F64, conv1d, lora_bias=True),
     "DoRA": lambda: layers_only(BF16, use_dora=True, lora_dropout=0.3),
     "groups, blocks, embeddings": lambda: architecture("Llama", F32),

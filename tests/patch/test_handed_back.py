@@ -1,5 +1,6 @@
 """What must stay with PEFT: bit-identical to stock, with a reason in the ledger, and fast again after."""
 
+import sys
 import types
 
 import pytest
@@ -58,6 +59,16 @@ def test_merged():
 
 def test_disabled_adapters():
     model = toy()
+    with model.disable_adapter():
+        refuse(model, reason="the adapters are disabled")
+    assert_fast(model, inputs())
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", "hqq.core.quantize", "torchao"])
+@pytest.mark.parametrize("name", [None, types.ModuleType("one of the same name")], ids=["blocked", "a stand-in"])
+def test_a_library_that_is_not_the_one(library, name, monkeypatch):
+    model = toy(layer=conv1d)
+    monkeypatch.setitem(sys.modules, library, name)
     with model.disable_adapter():
         refuse(model, reason="the adapters are disabled")
     assert_fast(model, inputs())
