@@ -8,7 +8,7 @@ have no rule for those.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch._C import _functorch
@@ -20,10 +20,15 @@ class Function(torch.autograd.Function):
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
-        cls.backward = staticmethod(_one_by_one(cls.backward))
+        cls.backward = staticmethod(_one_by_one(cls, cls.backward))
+
+    @staticmethod
+    def saved(ctx: object, gs: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+        """What forward saved, for the gradients that there are."""
+        return ctx.saved_tensors
 
 
-def _one_by_one(backward: Callable) -> Callable:
+def _one_by_one(cls: type[Function], backward: Callable) -> Callable:
     @functools.wraps(backward)
     def either(ctx, *gs):
         if torch.compiler.is_compiling():
@@ -32,23 +37,23 @@ def _one_by_one(backward: Callable) -> Callable:
             level = torch._C._vmapmode_increment_nesting() - 1
             torch._C._vmapmode_decrement_nesting()
             whole = [g if g is None else torch._remove_batch_dim(g, level, 1, 0) for g in gs]
-            return _batched(_each(backward, ctx, whole), torch._add_batch_dim, level)
+            return _batched(_each(backward, Once(ctx, cls.saved(ctx, whole)), whole), torch._add_batch_dim, level)
         if any(g is not None and _functorch.is_batchedtensor(g) for g in gs):
             level = _functorch.maybe_current_level()
             whole = [g if g is None else _functorch._remove_batch_dim(g, level, 1, 0) for g in gs]
             with temporarily_pop_interpreter_stack():
-                columns = _each(backward, ctx, whole)
+                columns = _each(backward, Once(ctx, cls.saved(ctx, whole)), whole)
             return _batched(columns, _functorch._add_batch_dim, level)
         return backward(ctx, *gs)
 
     return either
 
 
-class _Once:
-    """A ctx whose saved tensors are asked for once: a checkpoint gives them no second time."""
+class Once:
+    """A ctx whose saved tensors were asked for once: a checkpoint gives them no second time."""
 
-    def __init__(self, ctx):
-        self.__dict__.update(ctx=ctx, saved_tensors=ctx.saved_tensors)
+    def __init__(self, ctx: object, saved: Sequence[torch.Tensor | None]):
+        self.__dict__.update(ctx=ctx, saved_tensors=saved)
 
     def __getattr__(self, name):
         return getattr(self.ctx, name)
@@ -59,7 +64,7 @@ class _Once:
 
 def _each(backward, ctx, gs):
     """Gradients with the batch in front -> the backward's results, stacked the same way."""
-    size, ctx = max(g.shape[0] for g in gs if g is not None), _Once(ctx)
+    size = max(g.shape[0] for g in gs if g is not None)
     rows = [backward(ctx, *[g if g is None else g[min(i, g.shape[0] - 1)] for g in gs]) for i in range(size)]
     rows = [row if isinstance(row, tuple) else (row,) for row in rows]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]

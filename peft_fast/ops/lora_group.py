@@ -12,7 +12,7 @@ from peft_fast.ops import prepare
 from peft_fast.ops import siblings as group
 from peft_fast.ops.checks import check
 from peft_fast.ops.dropout import draw_seed
-from peft_fast.ops.function import Function
+from peft_fast.ops.function import Function, Once
 from peft_fast.ops.spec import Sibling
 from peft_fast.reference import lora_group as reference
 
@@ -62,8 +62,13 @@ class LoraGroup(Function):
         return tuple(ys)
 
     @staticmethod
+    def saved(ctx, gs):
+        whole = all(g is not None for g in gs) or isinstance(ctx, Once)
+        return ctx.saved_tensors if whole else _saved(ctx, gs)
+
+    @staticmethod
     def backward(ctx, *gs):
-        x, H, seed, *tensors = ctx.saved_tensors if all(g is not None for g in gs) else _saved(ctx, gs)
+        x, H, seed, *tensors = LoraGroup.saved(ctx, gs)
         needs, spec = ctx.needs_input_grad, ctx.spec
         needs_x = needs[0] or needs[1]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

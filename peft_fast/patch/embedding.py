@@ -121,7 +121,7 @@ def _scale(base: nn.Module, W: Tensor) -> float | Tensor | str | None:
     """What the base multiplies its vectors by: nothing, or its embed_scale as Gemma and BART do it."""
     kind = type(base)
     scale = getattr(base, "embed_scale", None)
-    if kind is nn.Embedding and scale is None:
+    if kind.forward is nn.Embedding.forward and scale is None:
         return None
     if kind not in _forms and not torch.compiler.is_compiling():
         note(kind)
@@ -139,7 +139,7 @@ def known(kind: type) -> bool:
     """Does a class of embeddings look its vectors up and scale them, and nothing else?"""
     if kind not in _forms:
         note(kind)
-    return kind is nn.Embedding or bool(_forms[kind])
+    return kind.forward is nn.Embedding.forward or bool(_forms[kind])
 
 
 def note(kind: type) -> None:

@@ -65,6 +65,21 @@ def test_each_is_what_it_is_alone(make):
         torch.testing.assert_close(found, torch.stack([grads[i] for grads in alone]), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_siblings_one_after_the_other(n):
+    x, siblings = torch.randn(3, K), []
+    for _ in range(n):
+        A, B = (torch.randn(shape, requires_grad=True) for shape in ((4, K), (6, 4)))
+        siblings.append(ops.Sibling(torch.randn(6, K), None, [ops.Adapter(A, B, 2.0)], False))
+    gs = torch.randn(5, 3, 6)
+    ys, same = ops.lora_group(x, siblings), ops.lora_group(x, siblings)
+    for i, sibling in enumerate(siblings):
+        of = sibling.adapters[0][:2]
+        alone = [torch.autograd.grad(same[i], of, g, retain_graph=True) for g in gs]
+        together = torch.autograd.grad(ys[i], of, gs, is_grads_batched=True)
+        torch.testing.assert_close(together, tuple(map(torch.stack, zip(*alone, strict=True))))
+
+
 def test_jacobians_hessians_and_vmap():
     model, x = toy(), inputs(3, K)
     y, gs = model(x), torch.randn(4, 3, K)

@@ -16,6 +16,10 @@ V = 40
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 0, 0, 0, 39]])
 
 
+class Renamed(nn.Embedding):
+    """With another class's name, and nothing else."""
+
+
 class ScaledByTensor(nn.Embedding):
     """Gemma's."""
 
@@ -80,6 +84,7 @@ def assert_pefts(model, reason, ids=TOKENS):
 
 KINDS = {
     "plain": (nn.Embedding, {}),
+    "a plain subclass": (Renamed, {}),
     "padding": (nn.Embedding, {"padding_idx": 0}),
     "last token is padding": (nn.Embedding, {"padding_idx": -1}),
     "scaled by a tensor": (ScaledByTensor, {"padding_idx": 1}),

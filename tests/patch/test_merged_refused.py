@@ -82,8 +82,13 @@ def test_what_merging_would_change_is_refused(reason):
         assert not torch.allclose(model(x), y, rtol=1e-3, atol=1e-3)
 
 
+class Renamed(nn.Embedding):
+    """Looks up, and nothing else."""
+
+
 # as above, with nothing in the way
 LIKE = {
+    "a plain subclass": (Renamed(6, 4), ()),
     "dilated, of size 1": (nn.Conv2d(3, 4, 1, dilation=2), (2, 3, 9, 9)),
     "reflects nothing": (nn.Conv1d(3, 4, 3, padding_mode="reflect"), (2, 3, 9)),
     "same, of size 1": (nn.Conv1d(3, 4, 1, padding="same", padding_mode="circular"), (2, 3, 9)),
@@ -93,9 +98,10 @@ LIKE = {
 
 
 @pytest.mark.parametrize("name", LIKE)
-def test_convolutions_that_are_merged(name):
+def test_what_is_merged(name):
     base, shape = LIKE[name]
-    assert_merges(adapted(nn.Sequential(copy.deepcopy(base)), ["0"]), torch.randn(shape))
+    x = torch.randn(shape) if shape else torch.tensor([1, 5, 2])
+    assert_merges(adapted(nn.Sequential(copy.deepcopy(base)), ["0"]), x)
 
 
 class Tokens(Tied):
