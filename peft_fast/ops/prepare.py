@@ -63,11 +63,14 @@ def _into_A(adapter):
 def adds_nothing(x: Tensor, adapters: Sequence[Adapter]) -> bool:
     """Is every B zero, as before training? Such a layer is compared with its base, and is to have the base's bits.
 
-    Looked at where that costs next to nothing: on the CPU, and a trained B is known by its first elements.
+    Looked at where that costs next to nothing: on the CPU, and a trained B is known by its first elements. With dropout
+    a call draws its seed whatever B is: a checkpoint's forward and its recomputation must draw alike.
     """
-    if not x.is_cpu or torch.compiler.is_compiling() or not native.load():
+    if not x.is_cpu or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not native.load():
         return False
-    if any(a.bias is not None or type(a.scaling) is not float or not math.isfinite(a.scaling) for a in adapters):
+    if any(a.p > 0 or a.bias is not None or type(a.scaling) is not float for a in adapters):
+        return False
+    if not all(math.isfinite(a.scaling) for a in adapters):
         return False
     As, Bs = [a.A for a in adapters], [a.B for a in adapters]
     if any(B.dtype not in (torch.float32, torch.bfloat16) for B in Bs) or not torch.ops.peft_fast.all_zero.default(Bs):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_fast import settings
-from peft_fast.ops import Sibling, lora_mlp
+from peft_fast.ops import Sibling, lora_mlp, prepare
 from peft_fast.ops.dropout import native_mask
 from peft_fast.patch import ledger, plan, tracing
 from peft_fast.patch.marks import wanted
@@ -203,6 +203,9 @@ def _guard(stock: Callable) -> Callable:
         if type(found) is str or refuse_input(self, block, args[0], found):
             return stock(self, *args, **kwargs)
         up, down, gate, activation, halves, p, adapted = found
+        siblings = [s for s in (up, down, gate) if s is not None]
+        if not torch.is_grad_enabled() and prepare.adds_nothing(args[0], [a for s in siblings for a in s.adapters]):
+            return stock(self, *args, **kwargs)
         exact = settings.get().exact
         y = lora_mlp(args[0], up, down, gate, activation=activation, halves=halves, p=p, exact=exact)
         if not compiling:

@@ -135,11 +135,14 @@ def _scale(base: nn.Module, W: Tensor) -> float | Tensor | str | None:
     return f"the base layer is a {kind.__name__} with a forward of its own"
 
 
-def known(kind: type) -> bool:
-    """Does a class of embeddings look its vectors up and scale them, and nothing else?"""
+def known(base: nn.Embedding) -> bool:
+    """Does its forward look vectors up, scale them by embed_scale, as PEFT scales the adapter's, and nothing else?"""
+    kind = type(base)
+    if kind.forward is nn.Embedding.forward:
+        return getattr(base, "embed_scale", None) is None
     if kind not in _forms:
         note(kind)
-    return kind.forward is nn.Embedding.forward or bool(_forms[kind])
+    return bool(_forms[kind])
 
 
 def note(kind: type) -> None:

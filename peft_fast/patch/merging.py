@@ -154,7 +154,7 @@ def _linear_in_its_weight(base: nn.Module) -> bool:
     """Does the base layer's result for W + ΔW add what the adapter adds? Its class may do more to the weight."""
     kind = type(base)
     if isinstance(base, nn.Embedding):
-        return base.max_norm is None and embedding.known(kind)
+        return base.max_norm is None and embedding.known(base)
     if isinstance(base, nn.modules.conv._ConvNd):
         return kind.forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
     return kind is plan.Conv1D or alike.linear(kind)

@@ -4,7 +4,11 @@ import importlib
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 
 import peft_fast
 from peft_fast import native, settings
@@ -44,6 +48,45 @@ def test_layers(layer, dtype, rows):
         assert torch.equal(y, base_of(model, x)) and y.dtype is dtype
         layers(model)[1].lora_B["default"].weight[-1, -1] = 0.5
         assert not torch.equal(model(x), y), "one element of B is enough to be seen"
+
+
+def test_a_block():
+    block = LlamaMLP(LlamaConfig(hidden_size=K, intermediate_size=3 * K))
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(nn.Sequential(block), LoraConfig(r=4, target_modules=targets)).eval()
+    peft_fast.accelerate(model)
+    x = inputs(200, K).detach()
+    with torch.no_grad():
+        assert torch.equal(model(x), base_of(model, x)) and peft_fast.report(model).fast_calls == 3
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_draws_the_same_masks_again(reentrant):
+    """A reentrant one runs its forward without gradients, and its recomputation with them."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.kept = nn.Linear(K, K), nn.Linear(K, K), []
+
+        def forward(self, x):
+            dropped = nn.functional.dropout(self.up(x), 0.5)
+            self.kept.append(dropped.detach() != 0)
+            return self.down(dropped)
+
+    model = get_peft_model(Block(), LoraConfig(r=4, lora_dropout=0.1, target_modules=["up", "down"])).train()
+    peft_fast.accelerate(model)
+    checkpoint(model, inputs(200, K), use_reentrant=reentrant).sum().backward()
+    first, again = model.base_model.model.kept
+    assert torch.equal(first, again)
+
+
+def test_traced_into_a_graph():
+    model, x = fresh(), inputs(200, K).detach()
+    with torch.no_grad():
+        graph = make_fx(model)(x)
+        layers(model)[0].lora_B["default"].weight.fill_(1.0)
+        torch.testing.assert_close(graph(x), model(x))
 
 
 @pytest.mark.parametrize("scaling", [torch.inf, torch.nan])

@@ -53,6 +53,12 @@ class Scaled(nn.Embedding):
         return super().forward(ids) * self.weight.norm()
 
 
+class Unscaled(nn.Embedding):
+    """Has a scale, by which PEFT multiplies the adapter, and does not use it."""
+
+    embed_scale = 3.0
+
+
 # (base layer, input): PEFT's adapter of it is not what its merge adds to the weight
 UNLIKE = {
     "is not dilated": (nn.Conv2d(3, 4, 3, padding="same", dilation=2), (2, 3, 9, 9)),
@@ -61,6 +67,7 @@ UNLIKE = {
     "kernels of 1 × 1 × n": (nn.Conv3d(3, 4, (1, 1, 2)), (2, 3, 4, 4, 4)),
     "Standardized does more": (Standardized(6, 4), (2, 6)),
     "Scaled does more": (Scaled(6, 4), ()),
+    "Unscaled does more": (Unscaled(6, 4), ()),
     "Embedding does more": (nn.Embedding(6, 4, max_norm=0.5), ()),
 }
 

@@ -9,8 +9,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         from tests.kernels import interpreter_bf16
 
         interpreter_bf16.install()
-        if "B6_OLD" not in os.environ:
-            interpreter_bf16.patch_once()
+        interpreter_bf16.patch_once()
 else:
     collect_ignore_glob = ["test_*.py"]
 
