@@ -36,8 +36,8 @@ def commands(page):
 
 
 def made_of_files(line):
-    """The files a command reads that only a reader of the page has."""
-    return [word for word in line if re.search(r"\.(csv|jsonl|json|tsv|yaml|txt|parquet|jpg|png|wav)$", word)]
+    """The files and folders a command reads that only a reader of the page has."""
+    return [word for word in line if re.search(r"(\.(csv|jsonl|json|tsv|yaml|txt|parquet|jpg|png|wav)|/)$", word)]
 
 
 ALL = [(page.stem, line) for page in PAGES for line in commands(page)]
