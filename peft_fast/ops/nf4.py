@@ -32,9 +32,7 @@ class Codes(NamedTuple):
     zero is rounded to the dtype asked for, then the product with the scale.
     """
 
-    data: (
-        Tensor  # contiguous: n int8, or (⌈n/2⌉,) uint8 of two each, the earlier in the high nibble; or planes of uint8
-    )
+    data: Tensor  # contiguous: n int8; (⌈n/2⌉,) uint8 of two each, the earlier in the high nibble; or uint8 planes
     scales: Tensor  # (⌈n/block⌉,) float32
     meaning: Tensor | None  # (16,) float32, what each nibble means; None for int8
     zeros: Tensor | None  # (⌈n/block⌉,) what is taken off: int8 of each int8, or float32 of planes; None for nothing
