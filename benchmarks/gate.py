@@ -19,7 +19,8 @@ MOST_TOKENS = 512  # that float64 judges, the first and the last: it takes a GPU
 class Weights(NamedTuple):
     """W (N,K), bias (N,) or None, A (r,K), B (N,r), or None without an adapter, m (N,) with DoRA: detached.
 
-    All in one dtype, but m in its own, which is also what PEFT holds the norm in that m is divided by.
+    All in one dtype, but m in its own, which is also what PEFT holds the norm in that m is divided by. `b` (N,) is the
+    adapter's own bias, `trained` the names of what trains.
     """
 
     W: Tensor
@@ -30,6 +31,8 @@ class Weights(NamedTuple):
     p: float
     m: Tensor | None = None
     norm_dtype: torch.dtype | None = None
+    b: Tensor | None = None
+    trained: tuple[str, ...] = ()
 
 
 Formula = Callable[[Tensor, list[Weights], list[Tensor | None]], Sequence[Tensor]]
@@ -51,9 +54,11 @@ def weights(layer: nn.Module, dtype: torch.dtype) -> Weights:
     drop = layer.lora_dropout[name]
     p = drop.p if isinstance(drop, nn.Dropout) and layer.training else 0.0
     A, B = (t.detach().to(dtype).flatten(1) for t in adapter(layer))
-    found = Weights(W, bias, A, B, float(layer.scaling[name]), p)
-    m = magnitude(layer)
-    return found if m is None else found._replace(m=m.detach(), norm_dtype=m.dtype)
+    b, m = layer.lora_B[name].bias, magnitude(layer)
+    return Weights(
+        W, bias, A, B, float(layer.scaling[name]), p, None if m is None else m.detach(), None if m is None else m.dtype,
+        None if b is None else b.detach().to(dtype), tuple(trained(layer)),
+    )  # fmt: skip
 
 
 def adapter(layer: nn.Module) -> tuple[Tensor, Tensor]:
@@ -67,6 +72,16 @@ def magnitude(layer: nn.Module) -> Tensor | None:
     (name,) = layer.active_adapters
     found = getattr(layer, "lora_magnitude_vector", {})
     return found[name].weight if name in found else None
+
+
+def trained(layer: nn.Module) -> dict[str, Tensor]:
+    """What trains of a PEFT LoRA layer with one adapter, by its name in Weights: the parameters themselves."""
+    (name,) = layer.active_adapters
+    A, B = adapter(layer)
+    base = getattr(layer.base_layer, "bias", None)
+    base = base if base is not None and base.requires_grad else None
+    found = {"A": A, "B": B, "m": magnitude(layer), "b": layer.lora_B[name].bias, "bias": base}
+    return {name: t for name, t in found.items() if t is not None}
 
 
 def check_layer(
@@ -106,7 +121,7 @@ def check_op(
     ws = [weights(layer, x.dtype) for layer in layers]
     exact = [Weights(*(v.double() if isinstance(v, Tensor) else v for v in w)) for w in ws]
     adapted = [layer for layer, w in zip(layers, ws, strict=True) if w.A is not None]
-    leaves = [t for layer in adapted for t in (*adapter(layer), magnitude(layer)) if t is not None]
+    leaves = [t for layer in adapted for t in trained(layer).values()]
     found, before = [], fast_calls()
     few = _judged(x)
     draws = -(-ENOUGH // min(t.numel() for t in (x, *gs, *leaves)))
@@ -151,7 +166,7 @@ def lora(x: Tensor, w: Weights, keep: Tensor | None, linear: Callable = F.linear
         dropped = (wide * keep * (1 / (1 - w.p))).to(x.dtype)
     else:  # and on the CPU: the scaled mask is rounded to the dtype, then multiplied
         dropped = x * keep.to(x.dtype).div(1 - w.p)
-    low = linear(linear(dropped, w.A), w.B)
+    low = linear(linear(dropped, w.A), w.B, w.b)
     if w.m is None:
         return y + low * w.scaling
     if keep is not None:
@@ -164,16 +179,10 @@ def lora(x: Tensor, w: Weights, keep: Tensor | None, linear: Callable = F.linear
 
 
 def _names(ws: list[Weights], outputs: int) -> list[str]:
-    """y, dx, dA, dB, and dm with DoRA; of several layers y0, y1, …"""
-    adapted = [i for i, w in enumerate(ws) if w.A is not None]
+    """y, dx, dA, dB, and dm with DoRA, db and dbias where those train; of several layers y0, y1, …"""
     number = [str(i) if len(ws) > 1 else "" for i in range(max(len(ws), outputs))]
-    trained = [f"d{name}{number[i]}" for i in adapted for name in _trained(ws[i])]
-    return [*(f"y{number[i]}" for i in range(outputs)), "dx", *trained]
-
-
-def _trained(w: Weights) -> str:
-    """The names of what trains."""
-    return "" if w.A is None else "AB" if w.m is None else "ABm"
+    gradients = [f"d{name}{number[i]}" for i, w in enumerate(ws) for name in w.trained]
+    return [*(f"y{number[i]}" for i in range(outputs)), "dx", *gradients]
 
 
 def _like_input(x: Tensor, w: Weights) -> Tensor:
@@ -212,8 +221,8 @@ def path(wanted: bool, fast: bool) -> Verdict:
 
 def _formula(formula: Formula, ws: list[Weights], x: Tensor, gs: list[Tensor], keeps: list) -> list[Tensor]:
     """The formula's y, dx, dA, dB, in the order of _results."""
-    ws = [w._replace(**{name: _leaf(getattr(w, name)) for name in _trained(w)}) for w in ws]
-    leaves = [getattr(w, name) for w in ws for name in _trained(w)]
+    ws = [w._replace(**{name: _leaf(getattr(w, name)) for name in w.trained}) for w in ws]
+    leaves = [getattr(w, name) for w in ws for name in w.trained]
     return _results(lambda x: formula(x, ws, keeps), x, leaves, gs)
 
 

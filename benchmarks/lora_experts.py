@@ -1,7 +1,7 @@
 """The experts of a mixture, adapted by target_parameters: PEFT's lora.ParamWrapper against two products with adapters.
 
 A case is transformers' own module of experts with its routing given: gathering, both products, gate, weighted sum.
-Both stacks are adapted, or one beside the other, frozen one.
+Both stacks are adapted, or one beside the other, frozen one. A single token is generated: forward, without gradients.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def cases(options: Options) -> list[Case]:
     rows = []
     models = options.models or tuple(shapes)[: 1 if tiny else None]
     for model, dtype, t in itertools.product(models, options.dtypes or ("bf16",), threads):
-        shape = m, h, i, e, k = TINY_EXPERTS if tiny else shapes[model]
-        words = f"{m} tokens, top {k} of {e}, {h} × {i}"
+        m = shapes[model][0]
+        shape = m, h, i, e, k = (min(m, TINY_EXPERTS[0]), *TINY_EXPERTS[1:]) if tiny else shapes[model]
+        words = f"{m} token{'s' * (m > 1)}, top {k} of {e}, {h} × {i}"
         facts = {"model": model, "M": m, "r": RANK, "dtype": dtype, "p": 0.0, "shape": words}
         title = f"{model} {words} r={RANK} {dtype}" + ("" if gpu else f" threads={t}")
         make = partial(providers, shape, targets(model), dtype, options)
@@ -115,15 +116,27 @@ def adapters(net: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
 
 
 def _row(name: str, net: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor, g: Tensor, verdicts) -> Provider:
-    leaves = [x, weights, *net.parameters()]
-    return provider(name, lambda x: net(x, chosen, weights), x, g, list(net.parameters()), leaves, verdicts)
+    kept = list(net.parameters())
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return net(x, chosen, weights)
+
+    if x.shape[0] == 1:
+        return Provider(name, {"forward": forward}, kept, verdicts)
+    return provider(name, lambda x: net(x, chosen, weights), x, g, kept, [x, weights, *kept], verdicts)
 
 
 def _verdicts(stock: nn.Module, ours: nn.Module, x: Tensor, g: Tensor, k: int) -> dict[str, Verdict]:
-    """y and every gradient against float64, no further from it than PEFT; a few experts and tokens stand for all."""
+    """y and every gradient against float64, no further from it than PEFT; a few experts and tokens stand for all.
+
+    Of single tokens, other ones so that they are many, y alone.
+    """
     from peft_fast.ops import fast_calls
 
-    x, g = x.detach()[:TOKENS].requires_grad_(), g[:TOKENS]
+    single = x.shape[0] == 1
+    x = torch.randn_like(x.expand(TOKENS, -1)) if single else x.detach()[:TOKENS]
+    x, g = x.requires_grad_(), g[:TOKENS].expand_as(x)
     E = ours.experts.num_experts
     judged = min(E, max(JUDGED, k))
     generator = torch.Generator(x.device).manual_seed(2)
@@ -131,12 +144,14 @@ def _verdicts(stock: nn.Module, ours: nn.Module, x: Tensor, g: Tensor, k: int) -
     weights, chosen = draw.softmax(-1).topk(k)
     weights = weights.detach().requires_grad_()
     before = fast_calls()
-    found = [_results(net, x, chosen, weights, g) for net in (ours, stock)]
+    results = _results_one_by_one if single else _results
+    found = [results(net, x, chosen, weights, g) for net in (ours, stock)]
     ran = fast_calls() > before
     truth = _truth(ours, x, chosen, weights, g, judged)
     names = ("y", "dx", "dweights", *(f"{side} of {stack}" for stack in adapters(ours) for side in ("dA", "dB")))
     low = x.dtype  # the products' precision is what counts for gradients in float32
-    checks = {n: check(o, s, t, dtype=low) for n, o, s, t in zip(names, *found, truth, strict=True)}
+    outputs = zip(names, *found, truth, strict=not single)
+    checks = {n: check(o, s, t, dtype=low) for n, o, s, t in outputs}
     return checks | {"path": path(True, ran)}
 
 
@@ -144,6 +159,11 @@ def _results(net: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor, g: Tens
     y = net(x, chosen, weights)
     leaves = [t for A, B, _ in adapters(net).values() for t in (A, B)]
     return [y.detach(), *torch.autograd.grad(y, [x, weights, *leaves], g)]
+
+
+def _results_one_by_one(net: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor, _: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return [torch.cat([net(*token) for token in zip(x.split(1), chosen.split(1), weights.split(1), strict=True)])]
 
 
 def _truth(net: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor, g: Tensor, judged: int) -> list[Tensor]:

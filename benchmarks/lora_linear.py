@@ -160,7 +160,7 @@ def adapted(
 
 
 def draw_adapters(model: nn.Module, seed: int = 1) -> None:
-    """Fills A, B and DoRA's magnitudes with values of trained size that bf16 holds: all providers start equal."""
+    """Fills A, B, their biases and DoRA's magnitudes with values of trained size that bf16 holds, equal in all."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, w in model.named_parameters():
@@ -168,7 +168,7 @@ def draw_adapters(model: nn.Module, seed: int = 1) -> None:
                 w.mul_(1 + 0.1 * torch.randn(w.shape, generator=generator).to(w.device))
                 w.copy_(w.bfloat16())
             elif "lora_" in name:
-                std = w.shape[1] ** -0.5 * (0.3 if "lora_B" in name else 1.0)
+                std = (w.shape[1] if w.dim() > 1 else 100) ** -0.5 * (0.3 if "lora_B" in name else 1.0)
                 w.copy_((torch.randn(w.shape, generator=generator) * std).bfloat16())
 
 

@@ -71,12 +71,15 @@ EMBEDDINGS = {
 }
 GPU_EMBEDDINGS = {"llama-3-8b": (8192, 128256, 4096, False), "gemma-3": (8192, 262144, 1152, True)}
 TINY_EMBEDDING = (48, 96, 64)
-# tokens, width, an expert's width, experts, of which a token sees so many; -up, -down: that stack alone is adapted
+# tokens, width, an expert's width, experts, of which a token sees so many; -up, -down: that stack alone is adapted;
+# one token: as in generation, without gradients
 EXPERTS = {
     "qwen3-30b-a3b": (512, 2048, 768, 128, 8),
     "mixtral-like": (512, 1024, 1792, 8, 2),
     "mixtral-like-up": (512, 1024, 1792, 8, 2),
     "mixtral-like-down": (512, 1024, 1792, 8, 2),
+    "qwen3-30b-a3b-token": (1, 2048, 768, 128, 8),
+    "mixtral-like-token": (1, 1024, 1792, 8, 2),
 }
 GPU_EXPERTS = {"qwen3-30b-a3b": (8192, 2048, 768, 128, 8), "mixtral-8x7b": (8192, 4096, 14336, 8, 2)}
 TINY_EXPERTS = (48, 64, 32, 6, 2)

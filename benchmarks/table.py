@@ -10,6 +10,7 @@ from pathlib import Path
 from peft_fast.errors import DataError, fail
 
 from . import harness, machine, peers
+from .train_step import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -110,6 +111,15 @@ def documents(folder: Path = RESULTS) -> list[dict]:
 def train_step(runs: list[dict], titles: dict[str, str] = TITLES) -> str:
     """Rows: model, dtype, dropout. Figures: multiples of the frozen step, speed-up, saved MiB."""
     return _section("train_step", runs, _train_head, _train_row, titles)
+
+
+def variants(runs: list[dict], named: bool = True) -> str:
+    """train_step's rows of models that are measured by name only, or, not `named`, the others."""
+    found = []
+    for run in (r for r in runs if r["bench"] == "train_step"):
+        rows = [row for row in run["rows"] if (row["settings"]["model"] in VARIANTS) == named]
+        found += [{**run, "rows": rows}] * bool(rows)
+    return train_step(found)
 
 
 def lora_linear(runs: list[dict], titles: dict[str, str] = TITLES) -> str:
@@ -333,7 +343,8 @@ def _cells(row: list[str]) -> str:
 
 # marker name in README -> what stands between <!-- NAME:start --> and <!-- NAME:end -->
 SECTIONS = {
-    "bench": train_step,
+    "bench": partial(variants, named=False),
+    "variants": variants,
     "smollm2": smollm2,
     "layer": lora_linear,
     **{op.removeprefix("lora_"): partial(_op, op) for op in OPS},

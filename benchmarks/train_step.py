@@ -43,7 +43,7 @@ class Model:
     vocab: int
     batch: int
     length: int
-    dora: bool = False
+    adapters: str = "lora"
 
 
 MODELS = {
@@ -51,10 +51,23 @@ MODELS = {
     "gpt2-like": Model("gpt2", 768, 3072, 4, 12, 12, 8192, 4, 128),
     "llama-like": Model("llama", 1024, 2816, 4, 16, 8, 8192, 4, 128),
 }
-# by name only: with use_dora on every linear layer
-DORA_MODELS = {
-    "bert-base-dora": dataclasses.replace(MODELS["bert-base-like"], dora=True),
-    "llama-dora": dataclasses.replace(MODELS["llama-like"], dora=True),
+LINEAR = ".*_proj"  # of a Llama, the head left out
+# what LoraConfig is told beside rank and dropout
+ADAPTERS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "biases": {"bias": "all", "lora_bias": True},
+    "head": {"target_modules": f"{LINEAR}|lm_head"},
+    "tied": {"target_modules": f"{LINEAR}|.*embed_tokens|lm_head", "ensure_weight_tying": True},
+    "tokens": {"trainable_token_indices": list(range(16))},
+    "saved": {"modules_to_save": ["lm_head"]},
+    "twice": {"layer_replication": [[0, 2], [0, 2]]},
+}
+# by name only
+VARIANTS = {
+    f"{name}-{adapters}": dataclasses.replace(MODELS[f"{name}-like"], adapters=adapters)
+    for name, kinds in (("bert-base", "dora biases"), ("llama", "dora head tied tokens saved twice"))
+    for adapters in kinds.split()
 }
 GPU_MODELS = {
     # one layer of it, the head and the embedding cut to next to nothing
@@ -67,7 +80,7 @@ GPU_MODELS = {
 
 def names(device: str) -> tuple[str, ...]:
     """What --model takes on this device."""
-    return (*MODELS, *DORA_MODELS) if device == "cpu" else tuple(GPU_MODELS)
+    return (*MODELS, *VARIANTS) if device == "cpu" else tuple(GPU_MODELS)
 
 
 def cases(options: Options) -> list[Case]:
@@ -81,7 +94,7 @@ def cases(options: Options) -> list[Case]:
     chosen = options.models or tuple(GPU_MODELS if gpu else MODELS)
     memory = _free_bytes() if gpu and full else math.inf
     for name, dtype, p, t in itertools.product(chosen, dtypes, dropouts, threads):
-        model = fitting(scaled({**MODELS, **DORA_MODELS, **GPU_MODELS}[name], options.scale), memory)
+        model = fitting(scaled({**MODELS, **VARIANTS, **GPU_MODELS}[name], options.scale), memory)
         rows.append(_case(name, model, dtype, p, t, options, seconds=90.0 if full and not gpu else 9.0))
     if gpu:  # each model once with dropout first: time may end anywhere
         rows.sort(key=lambda case: case.settings["p"] != dropouts[-1])
@@ -151,6 +164,7 @@ def network(m: Model) -> nn.Module:
     config = tf.LlamaConfig(
         vocab_size=m.vocab, hidden_size=m.hidden, intermediate_size=m.inner, num_hidden_layers=m.layers,
         num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, use_cache=False,
+        tie_word_embeddings=m.adapters == "tied",
     )  # fmt: skip
     return tf.LlamaForCausalLM(config)
 
@@ -191,30 +205,31 @@ def providers(m: Model, dtype_name: str, p: float, device: torch.device) -> list
 
     @functools.cache
     def judges() -> tuple[dict, dict, dict]:
-        return few, results(copy.deepcopy(stock).double(), few), results(stock, few)
+        # PEFT's tied adapters are views of each other, which cannot be copied
+        exact = lora(copy.deepcopy(base).double(), m, p, fp32=True)
+        exact.load_state_dict(stock.state_dict())
+        return few, results(exact, few), results(stock, few)
 
     rows += [_provider("stock", stock, batch)]
     rows += [_provider(f"stock {dtype_name}", lora(base, m, p, fp32=False), batch)] if low else []
     for fp32, joined in itertools.product((True, False) if low else (True,), (True, False)):
-        if not joined and (m.dora or not fp32):  # nothing joins layers with magnitudes
+        if not joined and (m.adapters == "dora" or not fp32):  # nothing joins layers with magnitudes
             continue
         fast = lora(base, m, p, fp32)
         accelerate(fast)
         name = ("peft_fast" if fp32 else f"peft_fast {dtype_name}") if joined else "layer by layer"
-        gate = partial(verdicts, fast, batch, judges, dtype, joined and not m.dora)
+        gate = partial(verdicts, fast, batch, judges, dtype, joined and m.adapters != "dora")
         rows.append(_provider(name, fast, batch, gate if joined else _one_by_one(gate), joined))
     return rows if device.type == "cpu" else alone(rows)
 
 
 def lora(base: nn.Module, m: Model, p: float, fp32: bool) -> nn.Module:
-    """A copy of `base` with LoRA or DoRA on every linear layer; `fp32` is PEFT's default dtype for adapters."""
+    """A copy of `base` with the model's adapters; `fp32` is PEFT's default dtype for them."""
     from peft import LoraConfig, get_peft_model
 
     task = "SEQ_CLS" if m.family == "bert" else "CAUSAL_LM"
-    config = LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, lora_dropout=p, target_modules="all-linear", task_type=task,
-        fan_in_fan_out=m.family == "gpt2", use_dora=m.dora,
-    )  # fmt: skip
+    usual = {"r": RANK, "lora_alpha": 2 * RANK, "lora_dropout": p, "target_modules": "all-linear", "task_type": task}
+    config = LoraConfig(**usual | {"fan_in_fan_out": m.family == "gpt2"} | ADAPTERS[m.adapters])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers, not the user's
         model = get_peft_model(_copy(base), config, autocast_adapter_dtype=fp32).train()
@@ -260,12 +275,11 @@ def _provider(name: str, model: nn.Module, batch: dict, gate: Callable | None = 
 
 
 def results(model: nn.Module, batch: dict) -> dict[str, Tensor]:
-    """loss (), logits, and all adapter gradients in one vector; dropout off, the model's state as it was."""
+    """loss (), logits, and the gradients of all that trains in one vector; dropout off, its state as it was."""
     was = model.training
     model.eval()
     out = model(**batch)
-    named = [(n, p) for n, p in model.named_parameters() if "lora_" in n]
-    grads = torch.autograd.grad(out.loss, [p for _, p in named])
+    grads = torch.autograd.grad(out.loss, [p for p in model.parameters() if p.requires_grad])
     model.train(was)
     return {
         "loss": out.loss.detach(),
@@ -298,7 +312,8 @@ def verdicts(
     run fewer ops than it has adapted layers, any other as many.
     """
     found = layer_verdicts(model, dtype)
-    layers, calls = sum(bool(getattr(m, "lora_A", None)) for m in model.modules()), settle(model, batch)
+    adapted = [m for m in model.modules() for kind in ("lora_A", "lora_embedding_A") if getattr(m, kind, None)]
+    layers, calls = len(adapted), settle(model, batch)
     right = calls < layers if joined else calls == layers
     found["path"] = Verdict(right, f"{layers} adapted layers ran as {calls} ops")
     few, exact, stock = judges()

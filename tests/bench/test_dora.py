@@ -1,10 +1,10 @@
-"""`bench dora_linear` and the DoRA models of train_step, with toy sizes: who is measured, what the gate refuses."""
+"""`bench dora_linear` with toy sizes: who is measured, what the gate refuses."""
 
 import pytest
 import torch
 
 from peft_fast import ops
-from peft_fast.benchmarks import gate, harness, lora_linear, train_step
+from peft_fast.benchmarks import gate, harness, lora_linear
 from peft_fast.cli import bench
 
 OURS = {"peft_fast", "peft_fast bf16", "peft_fast torch"}
@@ -19,19 +19,6 @@ def test_a_tiny_run(tmp_path):
         assert {"frozen", "stock", "stock bf16", "lora", *OURS} <= set(row["providers"])
         assert OURS <= set(row["match"]) and max(row["match"].values()) <= 1
         assert row["bytes"]["peft_fast"]["saved"] < row["bytes"]["stock"]["saved"]
-
-
-@pytest.mark.parametrize("model", list(train_step.DORA_MODELS))
-def test_a_step_is_judged(model, capsys):
-    args = ["train_step", "--tiny", "--model", model, "--dropout", "0.1"]
-    assert bench.app([*args, "--gate-only"]) == 0
-    assert "error / allowed: " in capsys.readouterr().out
-
-
-def test_dora_models_are_taken_by_name_alone():
-    assert set(train_step.DORA_MODELS) < set(train_step.names("cpu"))
-    options = harness.Options(scale="tiny")
-    assert not any(case.settings["dora"] for case in train_step.cases(options))
 
 
 # of the magnitude, of the scaling: outputs that are refused
