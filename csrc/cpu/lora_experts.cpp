@@ -13,12 +13,14 @@ namespace {
 
 // one expert's matrix of a stack (E, rows, cols), in any strides
 Source of(const Tensor& t, int64_t e) {
-  return {(const char*)t.const_data_ptr() + e * t.stride(0) * (is_bf16(t) ? 2 : 4), is_bf16(t), t.stride(1), t.stride(2)};
+  return {(const char*)t.const_data_ptr() + e * t.stride(0) * (is_bf16(t) ? 2 : 4), is_bf16(t), t.stride(1),
+          t.stride(2)};
 }
 
 void check_fits(bool fits) {
-  STD_TORCH_CHECK(fits, "given: stacks that do not fit\nneeded: x (., K), W (E, N, K) in its dtype, A and B of E experts\n"
-                        "do: call peft_fast.ops.lora_experts, which names the one that is wrong");
+  STD_TORCH_CHECK(fits,
+                  "given: stacks that do not fit\nneeded: x (., K), W (E, N, K) in its dtype, A and B of E experts\n"
+                  "do: call peft_fast.ops.lora_experts, which names the one that is wrong");
 }
 
 // what all passes know: whose rows are whose, and the sizes

@@ -7,14 +7,15 @@
 namespace peft_fast {
 
 // x (T, K) of which row order[s] / k is the s-th, or (S, K) and k = 0; w (E, N, K) or (E, K, N) if transposed, bias
-// (E, N), a (E, R, K), b (E, N, R), order (S,) and counts (E,) int64 -> y (S, N) in x's dtype, h (S, R) float32 = s·x·Aᵀ
+// (E, N), a (E, R, K), b (E, N, R), order (S,) and counts (E,) int64 -> y (S, N) in x's dtype,
+// h (S, R) float32 = s·x·Aᵀ
 std::tuple<Tensor, Tensor> lora_experts(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
                                         const Tensor& a, const Tensor& b, const Tensor& order, const Tensor& counts,
                                         int64_t k, const std::vector<int64_t>& ranks,
                                         const std::vector<double>& scalings, bool transposed);
 
-// the same without gradients, of adapters as PEFT keeps them: a (E·r, K) expert after expert, b (N, r·E) rank after rank.
-// Where no expert has more than `few` rows W is read as it lies, else its operands are packed
+// the same without gradients, of adapters as PEFT keeps them: a (E·r, K) expert after expert, b (N, r·E) rank after
+// rank. Where no expert has more than `few` rows W is read as it lies, else its operands are packed
 Tensor lora_experts_infer(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
                           const std::vector<Tensor>& as, const std::vector<Tensor>& bs, const Tensor& order,
                           const Tensor& counts, int64_t k, const std::vector<double>& scalings, bool transposed,

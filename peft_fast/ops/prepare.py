@@ -63,10 +63,12 @@ def _into_A(adapter):
 def adds_nothing(x: Tensor, adapters: Sequence[Adapter]) -> bool:
     """Is every B zero, as before training? Such a layer is compared with its base, and is to have the base's bits.
 
-    Looked at where that costs next to nothing: on the CPU, and a trained B is known by its first elements. With dropout
-    a call draws its seed whatever B is: a checkpoint's forward and its recomputation must draw alike.
+    Looked at where that costs next to nothing: without gradients, on the CPU, and a trained B is known by its first
+    elements. With dropout a call draws its seed whatever B is: a checkpoint's forward and recomputation draw alike.
     """
-    if not x.is_cpu or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not native.load():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu:
+        return False
+    if torch._C._len_torch_dispatch_stack() or not native.load():
         return False
     if any(a.p > 0 or a.bias is not None or type(a.scaling) is not float for a in adapters):
         return False

@@ -19,6 +19,8 @@ _FORMS = {
     # Falcon's: its second rounding, between product and bias, is the one thing that nn.Linear does without
     "y = x @ self.weight.T\nif self.bias is None:\n    return y\nreturn y + self.bias",
 }
+# what calling an nn.Linear runs and reads; weight and bias are no attributes of the class
+_RUN = ("__call__", "_call_impl", "forward", "__getattribute__", "__getattr__", "weight", "bias")
 
 _torchs = nn.Linear.forward
 # class -> the forward that was read, and the verdict: libraries replace forwards
@@ -31,6 +33,12 @@ def linear(kind: type) -> bool:
         note(kind)
     forward, verdict = _known.get(kind, (None, False))
     return verdict and kind.forward is forward and nn.Linear.forward is _torchs
+
+
+def inherits(kind: type) -> bool:
+    """Does calling an instance run nn.Linear's own forward? Whatever else its class has does not count."""
+    same = all(getattr(kind, name, None) is getattr(nn.Linear, name, None) for name in _RUN)
+    return same and issubclass(kind, nn.Linear) and nn.Linear.forward is _torchs
 
 
 def note(kind: type) -> None:

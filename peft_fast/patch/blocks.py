@@ -204,7 +204,7 @@ def _guard(stock: Callable) -> Callable:
             return stock(self, *args, **kwargs)
         up, down, gate, activation, halves, p, adapted = found
         siblings = [s for s in (up, down, gate) if s is not None]
-        if not torch.is_grad_enabled() and prepare.adds_nothing(args[0], [a for s in siblings for a in s.adapters]):
+        if prepare.adds_nothing(args[0], [a for s in siblings for a in s.adapters]):
             return stock(self, *args, **kwargs)
         exact = settings.get().exact
         y = lora_mlp(args[0], up, down, gate, activation=activation, halves=halves, p=p, exact=exact)

@@ -46,7 +46,7 @@ def forward(self, x, *args, **kwargs):
         if not compiling:
             ledger.count(self, reason)
         return plan.stock_linear(self, x, *args, **kwargs)
-    if not torch.is_grad_enabled() and prepare.adds_nothing(x, layer.adapters):
+    if prepare.adds_nothing(x, layer.adapters):
         prepare.count_call()
         ledger.count(self, None)
         return self.base_layer(x)

@@ -131,7 +131,7 @@ def _why_not(layer: nn.Module) -> str:
         if parameter.is_meta:
             return f"its {name} is offloaded"
     if type(layer) is not lora.ParamWrapper and not _linear_in_its_weight(base):
-        return f"its {type(base).__name__} does more to a weight than multiply by it"
+        return f"its {type(base).__name__} may do more to a weight than multiply by it"
     return ""
 
 
@@ -157,7 +157,7 @@ def _linear_in_its_weight(base: nn.Module) -> bool:
         return base.max_norm is None and embedding.known(base)
     if isinstance(base, nn.modules.conv._ConvNd):
         return kind.forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-    return kind is plan.Conv1D or alike.linear(kind)
+    return kind is plan.Conv1D or alike.inherits(kind) or alike.linear(kind)
 
 
 def _targets(layer: nn.Module) -> list[str]:

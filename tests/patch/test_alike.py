@@ -106,6 +106,17 @@ def _made(forward):
     return type("Made", (nn.Linear,), {"forward": forward})
 
 
+RUN = ["__call__", "_call_impl", "forward", "__getattribute__", "__getattr__", "weight", "bias"]
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_who_inherits_what_calling_runs(name, monkeypatch):
+    assert alike.inherits(type("Kind", (Property,), {"more": 1})) and not alike.inherits(nn.Bilinear)
+    assert not alike.inherits(type("Kind", (Bare,), {name: len}))
+    monkeypatch.setattr(nn.Linear, "forward", Scaled.forward)
+    assert not alike.inherits(Bare)
+
+
 def _elsewhere():
     F = type("F", (), {"linear": staticmethod(lambda x, w, b: torch.nn.functional.linear(x, w, b) * 2)})
 

@@ -48,6 +48,17 @@ class Standardized(nn.Linear):
         return nn.functional.linear(x, self.weight / self.weight.norm(), self.bias)
 
 
+class Below(Standardized):
+    """Inherits a forward that is not nn.Linear's."""
+
+
+class Doubled(nn.Linear):
+    """Twice what its forward, nn.Linear's own, computes."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
 class Scaled(nn.Embedding):
     def forward(self, ids):
         return super().forward(ids) * self.weight.norm()
@@ -65,10 +76,12 @@ UNLIKE = {
     "pads with zeros, the convolution by reflect": (nn.Conv1d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 9)),
     "pads with zeros, the convolution by circular": (nn.Conv1d(3, 4, 1, padding=1, padding_mode="circular"), (2, 3, 9)),
     "kernels of 1 × 1 × n": (nn.Conv3d(3, 4, (1, 1, 2)), (2, 3, 4, 4, 4)),
-    "Standardized does more": (Standardized(6, 4), (2, 6)),
-    "Scaled does more": (Scaled(6, 4), ()),
-    "Unscaled does more": (Unscaled(6, 4), ()),
-    "Embedding does more": (nn.Embedding(6, 4, max_norm=0.5), ()),
+    "Standardized may do more": (Standardized(6, 4), (2, 6)),
+    "Scaled may do more": (Scaled(6, 4), ()),
+    "Unscaled may do more": (Unscaled(6, 4), ()),
+    "Embedding may do more": (nn.Embedding(6, 4, max_norm=0.5), ()),
+    "Below may do more": (Below(6, 4), (2, 6)),
+    "Doubled may do more": (Doubled(6, 4), (2, 6)),
 }
 
 
@@ -93,8 +106,21 @@ class Renamed(nn.Embedding):
     """Looks up, and nothing else."""
 
 
+class Named(nn.Linear):
+    """Has more than nn.Linear, and computes the same."""
+
+    def describe(self):
+        return "linear"
+
+
+class Inherited(Named):
+    """Inherits nn.Linear's forward over two classes."""
+
+
 # as above, with nothing in the way
 LIKE = {
+    "more than nn.Linear": (Named(6, 4), (2, 6)),
+    "inherited": (Inherited(6, 4), (2, 6)),
     "a plain subclass": (Renamed(6, 4), ()),
     "dilated, of size 1": (nn.Conv2d(3, 4, 1, dilation=2), (2, 3, 9, 9)),
     "reflects nothing": (nn.Conv1d(3, 4, 3, padding_mode="reflect"), (2, 3, 9)),

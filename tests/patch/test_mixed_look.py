@@ -1,5 +1,7 @@
 """What a mixed batch asks of the modules of its adapters: the same by the compiled look at them and by Python."""
 
+import os
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -83,13 +85,22 @@ TAKEN = {
 }
 
 
+@pytest.fixture
+def compiled():
+    """What peft_fast._C looks by."""
+    if (found := native.adapters()) is None:
+        why = "peft_fast._C is not built, or of older sources"
+        pytest.fail(why) if os.environ.get("CI") == "true" else pytest.skip(why)
+    return found
+
+
 @pytest.fixture(params=["compiled", "python"])
 def look(request, monkeypatch):
     """decode.adapters, by one way or the other."""
     if request.param == "python":
         monkeypatch.setattr(native, "adapters", lambda: None)
-    elif native.adapters() is None:
-        pytest.skip("the module is not built, or of older sources")
+    else:
+        request.getfixturevalue("compiled")
     return decode.adapters
 
 
@@ -128,10 +139,8 @@ def test_adapters_of_another_dtype_than_the_base(look):
     assert look(up, NAMES, torch.float32) is None
 
 
-def test_the_compiled_look_takes_the_common_case(monkeypatch):
+def test_the_compiled_look_takes_the_common_case(compiled, monkeypatch):
     """Else it would be a look in vain before Python's."""
-    if (compiled := native.adapters()) is None:
-        pytest.skip("the module is not built, or of older sources")
     found = []
     monkeypatch.setattr(native, "adapters", lambda: lambda *args: found.append(compiled(*args)) or found[-1])
     decode.adapters(layers(crowd())[0], NAMES, torch.float32)
@@ -139,9 +148,7 @@ def test_the_compiled_look_takes_the_common_case(monkeypatch):
     assert len(found) == 2 and None not in found
 
 
-def test_the_compiled_look_leaves_what_is_strange():
-    if (compiled := native.adapters()) is None:
-        pytest.skip("the module is not built, or of older sources")
+def test_the_compiled_look_leaves_what_is_strange(compiled):
     assert compiled({}, {}, {}, [], (), decode.KINDS) is None
     up = layers(crowd())[0]
     dicts = [getattr(up, part)._modules for part in PARTS]

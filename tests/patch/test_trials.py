@@ -1,5 +1,7 @@
 """A quantized base is tried once: whatever its library raises is a no, and what the trial calls tries nothing again."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -44,7 +46,11 @@ def test_one_trial():
     assert layer.trusted() and layer.trusted() and layer.calls == 1
 
 
-@pytest.mark.parametrize("error", [KeyError("kernel"), IndexError(3), ImportError("kernels"), OSError(), ValueError()])
+ERRORS = [KeyError("kernel"), IndexError(3), ImportError("kernels"), OSError(), ValueError()]
+ERRORS += [MemoryError(), torch.OutOfMemoryError()]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_what_a_library_raises_is_a_no(error):
     layer = Library(fails(error))
     assert not layer.trusted() and not layer.trusted() and layer.calls == 1
@@ -59,6 +65,18 @@ def test_a_trial_within_a_trial_asks_nobody():
     layer = Library(lambda layer: inner.append(layer.trusted()))
     inner = []
     assert layer.trusted() and inner == [False] and layer.calls == 1
+
+
+def test_the_first_answer_of_two_threads_stays():
+    def another_is_first(layer):
+        layer.instead = fails(MemoryError())
+        thread = threading.Thread(target=layer.trusted)
+        thread.start()
+        thread.join()
+        layer.instead = None
+
+    layer = Library(another_is_first)
+    assert not layer.trusted() and not layer.trusted() and layer.calls == 2
 
 
 def test_an_interruption_says_nothing():

@@ -140,21 +140,21 @@ def test_what_a_trial_asks_itself_is_no(monkeypatch):
     assert packed.trusted(*arguments) and inner == [False], "one trial"
 
 
-@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, KeyboardInterrupt])
-def test_a_trial_that_ended_early_says_nothing(error, monkeypatch):
-    def ends(W, dtype):
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_recomputation_goes_the_way_of_its_forward(error, monkeypatch):
+    """Also if only the forward's trial found no memory."""
+
+    def fails(W, dtype):
         raise error
 
-    arguments = tried(monkeypatch, packed._agrees)
+    model = model_of(models.four_bits, {})
+    monkeypatch.setattr(packed, "_trusted", {})
     with monkeypatch.context() as patch:
         for name in ("codes", "dense"):
-            patch.setattr(nf4.Packed, name, ends)
-        if error is KeyboardInterrupt:
-            with pytest.raises(KeyboardInterrupt):
-                packed.trusted(*arguments)
-        else:
-            assert not packed.trusted(*arguments)
-    assert packed._trusted == {} and packed.trusted(*arguments)
+            patch.setattr(nf4.Packed, name, fails)
+        y = checkpoint(model, inputs(), use_reentrant=False)
+    y.square().sum().backward()
+    assert list(packed._trusted.values()) == [False, False]
 
 
 def test_a_trial_is_of_one_backend(monkeypatch):

@@ -25,24 +25,11 @@ _BACKWARD = (
 )
 
 
-def forward(x, W, bias, A, B, routing, spec):
-    """x (S, K), or (T, K) if tokens, W, bias (E, N) | None, A (E, R, K), B (N, R·E) -> y (S, N), H (S, R)."""
-    if traced(x):
-        return torch.ops.peft_fast.torch_lora_experts(x, W, bias, A, B, *routing, *plain(spec))
-    return run_forward(x, W, bias, A, B, routing, spec)
-
-
-def backward(g, x, W, bias, A, B, H, routing, spec, needs):
-    """g (S, N) -> dx, dbias, dA, dB; None where ``needs`` (x, bias, A, B) says so."""
-    if traced(x):
-        run = torch.ops.peft_fast.torch_lora_experts_backward
-        grads = run(g, x, W, bias, A, B, H, *routing, *plain(spec), list(needs))
-        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return run_backward(g, x, W, bias, A, B, H, routing, spec, needs)
-
-
 def run_forward(x, W, bias, A, B, routing, spec):
-    """What the operator does: the counts are looked at, which compiled code cannot."""
+    """x (S, K), or (T, K) if tokens, W, bias (E, N) | None, A (E, R, K), B (N, R·E) -> y (S, N), H (S, R).
+
+    The counts are looked at, which compiled code cannot: to that it is an operator.
+    """
     with vendor.no_autocast(x.device.type):
         low = low_dtype(x, spec)
         y = x.new_empty(routing.order.shape[0], B.shape[0])
@@ -57,7 +44,7 @@ def run_forward(x, W, bias, A, B, routing, spec):
 
 
 def run_backward(g, x, W, bias, A, B, H, routing, spec, needs):
-    """The same for backward."""
+    """g (S, N) -> dx, dbias, dA, dB; None where ``needs`` (x, bias, A, B) says so."""
     with vendor.no_autocast(x.device.type):
         low, tokens = low_dtype(x, spec), x.shape[0]
         dx = x.new_empty(g.shape[0], x.shape[1]) if needs[0] else None
@@ -120,11 +107,6 @@ class Side:
         torch.mm(left, wide, out=out) if bias is None else torch.addmm(bias, left, wide, out=out)
 
 
-def plain(spec):
-    """What an operator takes of a spec."""
-    return spec.ranks, spec.scalings, spec.tokens, spec.transposed, spec.exact
-
-
 def low_dtype(x, spec):
     """The dtype of all products: float16 ends at 6e-8, so float32 stands for it."""
     return x.dtype if x.dtype == torch.bfloat16 and not spec.exact else torch.promote_types(x.dtype, torch.float32)
@@ -180,8 +162,9 @@ def shrink(x, A, spec, out):
         o.copy_(vendor.mm(x, a, s))
 
 
-def define_as(backend: str, run: Callable, run_back: Callable, low_of: Callable) -> None:
-    """Both operators of a backend in Python; run and run_back take what its forward and backward do."""
+def define_as(backend: str, run: Callable, run_back: Callable, low_of: Callable) -> tuple[Callable, Callable]:
+    """A backend's forward and backward: run and run_back, or in compiled code the operators that are made of them."""
+    name = f"{backend}_lora_experts"
 
     def spec_of(options):
         return ExpertsSpec(*options, backend)
@@ -203,8 +186,25 @@ def define_as(backend: str, run: Callable, run_back: Callable, low_of: Callable)
         wanted = zip((x, bias, A, B), options[-1], strict=True)
         return tuple(t.new_empty(t.shape) if need else x.new_empty(0) for t, need in wanted)
 
-    define(f"{backend}_lora_experts", _FORWARD, forward_op, forward_fake)
-    define(f"{backend}_lora_experts_backward", _BACKWARD, backward_op, backward_fake)
+    define(name, _FORWARD, forward_op, forward_fake)
+    define(f"{name}_backward", _BACKWARD, backward_op, backward_fake)
+
+    def plain(spec):
+        return spec.ranks, spec.scalings, spec.tokens, spec.transposed, spec.exact
+
+    def forward(x, W, bias, A, B, routing, spec):
+        if traced(x):
+            return getattr(torch.ops.peft_fast, name)(x, W, bias, A, B, *routing, *plain(spec))
+        return run(x, W, bias, A, B, routing, spec)
+
+    def backward(g, x, W, bias, A, B, H, routing, spec, needs):
+        if traced(x):
+            operator = getattr(torch.ops.peft_fast, f"{name}_backward")
+            grads = operator(g, x, W, bias, A, B, H, *routing, *plain(spec), list(needs))
+            return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return run_back(g, x, W, bias, A, B, H, routing, spec, needs)
+
+    return forward, backward
 
 
-define_as("torch", run_forward, run_backward, low_dtype)
+forward, backward = define_as("torch", run_forward, run_backward, low_dtype)

@@ -7,28 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from peft_fast.backends.operators import traced
 from peft_fast.backends.torch import lora_experts as otherwise
 from peft_fast.backends.torch.lora_linear import dense_rows, no_autocast
 from peft_fast.backends.triton import tuning
 from peft_fast.backends.triton.guard import guarded
 from peft_fast.backends.triton.lora_linear import MOST_ADAPTERS, takes_tf32
-
-
-def forward(x, W, bias, A, B, routing, spec):
-    """x (S, K), or (T, K) if tokens, W, bias (E, N) | None, A (E, R, K), B (N, R·E) -> y (S, N), H (S, R)."""
-    if traced(x):
-        return torch.ops.peft_fast.triton_lora_experts(x, W, bias, A, B, *routing, *otherwise.plain(spec))
-    return _forward(x, W, bias, A, B, routing, spec)
-
-
-def backward(g, x, W, bias, A, B, H, routing, spec, needs):
-    """g (S, N) -> dx, dbias, dA, dB; None where ``needs`` (x, bias, A, B) says so."""
-    if traced(x):
-        run = torch.ops.peft_fast.triton_lora_experts_backward
-        grads = run(g, x, W, bias, A, B, H, *routing, *otherwise.plain(spec), list(needs))
-        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return _backward(g, x, W, bias, A, B, H, routing, spec, needs)
 
 
 def run_forward(x, W, bias, A, B, routing, spec):
@@ -119,4 +102,4 @@ def _low(x, spec):
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-otherwise.define_as("triton", _forward, _backward, _low)
+forward, backward = otherwise.define_as("triton", _forward, _backward, _low)
