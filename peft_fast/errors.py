@@ -10,6 +10,8 @@ from typing import NoReturn
 class PeftFastError(Exception):
     """Base of every error peft_fast raises."""
 
+    parts: tuple[str, str, str] = ("", "", "")  # what was given, what is needed, what to do
+
 
 class ShapeError(PeftFastError, ValueError):
     """Sizes that do not fit together."""
@@ -50,4 +52,6 @@ def program() -> str:
 
 def fail(cls: type[PeftFastError], given: str, need: str, do: str, cause: BaseException | None = None) -> NoReturn:
     """Raise ``cls`` with the three-line message every error of the package has."""
-    raise cls(f"given: {given}\nneeded: {need}\ndo: {do}") from cause
+    error = cls(f"given: {given}\nneeded: {need}\ndo: {do}")
+    error.parts = (given, need, do)
+    raise error from cause

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from peft_fast.recipes import config as configs
+from peft_fast.recipes import manual, yamls
 from peft_fast.recipes.config import Config
 
 INLINE = 26  # characters of choices that stand beside the flag; more go to the text
@@ -62,7 +63,7 @@ def _add_one(group: Any, name: str, field: Any) -> None:
         words.append(f"one of {', '.join(choices)}")
     if default := _default(field):
         words.append(f"default {default}")
-    if only := configs.only(field.json_schema_extra):
+    if only := manual.only(field.json_schema_extra):
         words.append(f"[{only}]")
     text = _joined(words).replace("%", "%%")
     if kinds == [bool]:
@@ -128,7 +129,7 @@ def _value(name: str, value: Any) -> Any:
     if isinstance(value, list):
         table = next((kind for kind in kinds if typing.get_origin(kind) is dict), None)
         if table is not None and all("=" in word for word in value) and (name != "data" or _splits(value)):
-            read = configs.parse if typing.get_args(table)[1] is Any else str
+            read = yamls.parse if typing.get_args(table)[1] is Any else str
             return {key: read(text) for key, _, text in (word.partition("=") for word in value)}
         listed = any(typing.get_origin(kind) is list for kind in kinds)
         single = len(value) == 1 and (not listed or str in kinds)

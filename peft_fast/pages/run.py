@@ -346,7 +346,7 @@ def _plain(value: Any) -> Any:
 def _machine(found: Mapping[str, Any]) -> Sequence[tuple[str, Any]]:
     rows = [
         (key.replace("_", " "), found[key])
-        for key in ("cpu", "cores", "system", "python", "device", "date", "commit")
+        for key in ("cpu", "cores", "threads", "system", "python", "device", "date", "commit")
         if found.get(key) not in (None, "")
     ]
     rows += [(f"gpu {key}", value) for key, value in (found.get("gpu") or {}).items()]

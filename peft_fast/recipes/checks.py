@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from peft_fast.errors import DataError, fail
 from peft_fast.recipes import columns, media
 from peft_fast.recipes.config import Config
-from peft_fast.recipes.data import SKIP, Splits, inputs, keys, listed
+from peft_fast.recipes.data import MEND, SKIP, Splits, inputs, keys, listed
+from peft_fast.recipes.splits import SOME, classes_of, each
 from peft_fast.recipes.tasks import Problem, Task
 
-SOME = 20  # classes from which on "as many as rows" is a mistake
-REMOVE = "Remove it from one of them, or leave it out of training with bad_rows: skip"
+REMOVE = "Remove it from one of them"
 
 
 def run(splits: Splits, task: Task, config: Config) -> tuple[Splits, list[str]]:
@@ -24,14 +24,16 @@ def run(splits: Splits, task: Task, config: Config) -> tuple[Splits, list[str]]:
     problems = [*_long(splits, task, config, notes, long), *splits.problems, *_unusable(splits), *task.check(splits)]
     # a row that is left out for its length has no other problem
     problems = [problem for problem in problems if problem.index not in long.get(problem.split, ())]
-    problems += _classes(splits, task)
-    if task.modality != "series":
-        problems += _duplicates(splits, task, notes)
-    stops = [problem for problem in problems if problem.stops]
     skips = config.bad_rows == "skip"
+    pending = not skips and any(problem.split == "train" for problem in left_out)
+    problems += _classes(splits, task, pending)
+    if task.modality != "series":
+        fix = REMOVE if skips else f"{REMOVE}, or leave it out of training with bad_rows: skip"
+        problems += _duplicates(splits, task, notes, fix)
+    stops = [problem for problem in problems if problem.stops]
     fatal = [p for p in stops if not (skips and (p.index is not None or p in left_out))]
     if fatal:
-        do = SKIP if any(p.index is not None or p in left_out for p in fatal) else "mend the data, then start again"
+        do = SKIP if any(p.index is not None or p in left_out for p in fatal) else MEND
         fail(DataError, listed(fatal), "rows that can all be used", do)
     notes += _warnings([problem for problem in problems if not problem.stops])
     if _drop(splits, stops, left_out, notes, long):
@@ -94,42 +96,31 @@ def _unusable(splits: Splits) -> Iterator[Problem]:
 # ---- classes and values
 
 
-def _classes(splits: Splits, task: Task) -> Iterator[Problem]:
+def _classes(splits: Splits, task: Task, pending: bool = False) -> Iterator[Problem]:
     for column in task.columns:
         if column.role in splits["train"].column_names and column.required:
             if column.holds == "label":
-                yield from _labels(splits, column.role)
+                yield from _labels(splits, column.role, pending)
             elif column.holds == "number" and task.modality != "series":
                 yield from _constant(splits, column.role)
 
 
-def _labels(splits: Splits, role: str) -> Iterator[Problem]:
+def _labels(splits: Splits, role: str, pending: bool) -> Iterator[Problem]:
     """One class only, as many classes as rows, names that differ in case, and classes that training never sees."""
     cells = {split: rows[role][:] for split, rows in splits.items()}
-    counts = Counter(name for cell in cells["train"] for name in _each(cell))
-    name, file = splits.names.get(role, role), splits.sources["train"]
-    if len(counts) < 2:
-        only = repr(next(iter(counts), None))
-        fix = "Add rows of another class, or name the column of classes with columns"
-        yield Problem(file, None, name, f"one class only, {only}, in {len(cells['train']):,} rows", fix, split="train")
+    counts = classes_of(cells["train"])
+    wrong = splits.no_classes(role, pending)
+    if wrong or len(counts) < 2:
+        yield from [wrong] if wrong else ()
         return
-    if len(counts) > SOME and len(counts) > len(cells["train"]) / 2:
-        what = f"{len(counts):,} different classes in {len(cells['train']):,} rows ({', '.join(list(counts)[:3])}, …)"
-        fix = f"Name the column of classes with columns: {{{role}: NAME}}, or use the task regression for numbers"
-        yield Problem(file, None, name, what, fix, split="train")
-        return
-    yield from _spellings(counts, file, name)
+    yield from _spellings(counts, splits.sources["train"], splits.names.get(role, role))
     for split, found in cells.items():
         if split == "train":
             continue
         for place, cell in enumerate(found):
-            for label in _each(cell):
+            for label in each(cell):
                 if label not in counts:
                     yield _problem(splits, split, place, role, *_unseen(label, counts))
-
-
-def _each(cell: Any) -> Iterable[str]:
-    return cell if isinstance(cell, list) else [cell] if cell is not None else []
 
 
 def _unseen(label: str, counts: Counter) -> tuple[str, str]:
@@ -171,7 +162,7 @@ def _constant(splits: Splits, role: str) -> Iterator[Problem]:
 # ---- rows that are alike
 
 
-def _duplicates(splits: Splits, task: Task, notes: list[str]) -> Iterator[Problem]:
+def _duplicates(splits: Splits, task: Task, notes: list[str], fix: str) -> Iterator[Problem]:
     """Training rows that validation or test have too; those that one split has twice are only said."""
     wanted = inputs(task, splits["train"])
     # where a text is learnt, the same question with another answer is another row
@@ -195,7 +186,7 @@ def _duplicates(splits: Splits, task: Task, notes: list[str]) -> Iterator[Proble
         if key in first:
             split, other = first[key]
             what = f"the same row is in {split}: {splits.file(split, other)}, row {splits[split]['row'][other]}"
-            yield _problem(splits, "train", place, role, what, REMOVE)
+            yield _problem(splits, "train", place, role, what, fix)
     _twice(splits, task, by_split["train"], notes)
 
 

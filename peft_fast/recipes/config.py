@@ -6,8 +6,8 @@ Nothing else knows an option: `train --help`, the JSON schema and the page of op
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from peft_fast.errors import SettingsError, fail, program
+from peft_fast.recipes import yamls
 
 TASKS = (
     "sequence-classification",
@@ -33,6 +34,7 @@ TASKS = (
     "time-series",
 )
 METHODS = ("head", "lora", "dora", "full", "gradual")
+APART = "fields apart"  # a context of validation: the rules between fields are not asked
 SCHEDULES = ("linear", "cosine", "wsd", "constant", "inverse_sqrt")
 SECTIONS = {
     "what": "what is learnt, from what, how",
@@ -54,17 +56,10 @@ AUDIO = ("speech-recognition", "audio-classification")
 MEASURED = ("sequence-classification", "token-classification", "causal-lm", "regression", *SEQ2SEQ, *AUDIO)
 LABELLED = ("sequence-classification", "token-classification", "image-classification", "audio-classification")
 ADAPTERS = ("lora", "dora")
-# how help and docs name a set of tasks
-GROUPS = {
-    TEXT: "text",
-    SEQ2SEQ: "translation, summarization",
-    GENERATES: "generation",
-    IMAGES: "images",
-    AUDIO: "audio",
-    LABELLED: "classification",
-}
 # what `search` tries in place of an option: alpha = alpha_ratio · r, learning_rate = ratio · the method's own
 RATIOS = {"alpha_ratio": "alpha", "learning_rate_ratio": "learning_rate"}
+# what others call an option, where its spelling alone would not lead to it
+ELSEWHERE = {"lr": "learning_rate", "rank": "r", "lora_alpha": "alpha", "output_dir": "out", "max_steps": "steps"}
 
 
 # fields of TrainingArguments that options set, or a run that goes on depends on
@@ -95,9 +90,11 @@ def _about(section: str, tasks: Any, methods: Any) -> dict[str, Any]:
 
 
 class Config(BaseModel):
-    """A fine-tuning, whole: one config on one machine gives one result."""
+    """A fine-tuning, whole: one config on one machine, by as many threads, gives one result."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), title="peft_fast fine-tuning")
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), title="peft_fast fine-tuning", allow_inf_nan=False
+    )
 
     task: Literal[TASKS] = option("what", ..., "what is learnt")
     model: str = option("what", ..., "hub id, local folder, or example:NAME", min_length=1)
@@ -246,19 +243,25 @@ class Config(BaseModel):
     threads: int = option("run", 0, "CPU threads; 0: torch's choice", ge=0)
     fast: bool = option("run", True, "false: stock PEFT, to compare")
     log_every: int = option("run", 10, "steps between two entries of the log", ge=1)
-    report_to: list[str] = option("run", [], "wandb, tensorboard, … : the Trainer's own callbacks")
+    report_to: str | list[str] = option("run", [], "wandb, tensorboard, … : the Trainer's own callbacks")
     name: str | None = option("run", None, "the run's name in reports; default: the folder's")
     network: bool = option("run", True, "false: only what is on this machine already")
     training_arguments: dict[str, Any] = option("run", {}, "any other field of transformers.TrainingArguments")
     search: dict[str, Any] = option("run", {}, "option -> values or {low, high, log}: what `search` tries")
 
+    @pydantic.field_validator("report_to")
+    @classmethod
+    def _listed(cls, value: str | list[str]) -> list[str]:
+        names = [value] if isinstance(value, str) else value
+        return [] if names == ["none"] else names
+
     @pydantic.model_validator(mode="after")
-    def _together(self) -> Config:
-        if wrong := list(self._contradictions()):
+    def _together(self, info: pydantic.ValidationInfo) -> Config:
+        if info.context != APART and (wrong := list(self.contradictions())):
             raise ValueError("\n".join(wrong))
         return self
 
-    def _contradictions(self) -> Any:
+    def contradictions(self) -> Iterable[str]:
         """What no single field can know, one line each."""
         for name in sorted(self.model_fields_set):
             about = type(self).model_fields[name].json_schema_extra
@@ -278,10 +281,15 @@ class Config(BaseModel):
         for name in ("evaluate_every", "save_every"):
             if isinstance(value := getattr(self, name), int) and value < 1:
                 yield f"{name}: {value}; epoch, or 1 step or more"
+        if isinstance(self.class_weights, dict) and min(self.class_weights.values(), default=0) < 0:
+            yield f"class_weights: {self.class_weights}; weights of 0 or more"
         for name in sorted(set(self.search) - set(type(self).model_fields) - set(RATIOS)):
-            yield f"search: {name} is no option{_near(name)}"
+            yield f"search: {name} is no option{near(name)}"
         if taken := sorted(set(self.training_arguments) & OWN_ARGUMENTS):
             yield f"training_arguments: {', '.join(taken)} are set by options of their own"
+        for name, value in self.training_arguments.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                yield f"training_arguments: {name}: {value}; a finite number"
 
     @property
     def rate(self) -> float:
@@ -295,52 +303,52 @@ class Config(BaseModel):
         return self.head_learning_rate or float(f"{self.rate * (10 if self.method in ADAPTERS else 1):.12g}")
 
 
-def read(source: str | Path | Mapping[str, Any] | None = None, **options: Any) -> Config:
-    """The config of a YAML file or mapping, with ``options`` over it. Raises SettingsError with all that is wrong."""
-    given = dict(_mapping(source)) | options
+def read(
+    source: str | Path | Mapping[str, Any] | None = None,
+    also: Callable[[Config], Iterable[str]] = lambda config: (),
+    /,
+    **options: Any,
+) -> Config:
+    """The config of a YAML file or mapping, with ``options`` over it. Raises SettingsError with all that is wrong.
+
+    ``also`` finds what else is wrong with a config that is not refused for it alone.
+    """
+    found, wrong = ({}, []) if source is None else yamls.mapping(source)
+    given, cause = found | options, None
     try:
-        return Config(**given)
+        config = Config(**given)
     except pydantic.ValidationError as error:
-        wrong = _problems(error)
-        # the rules between fields are only asked when each field is fine: ask them of the fields that are
+        cause = error
+        wrong += _problems(error)
         bad = {entry["loc"][0] for entry in error.errors() if entry["loc"]}
-        fine = {"model": "-", "data": "-"} | {key: value for key, value in given.items() if key not in bad}
-        if "task" in fine:
-            try:
-                Config(**fine)
-            except pydantic.ValidationError as second:
-                wrong += [text for text in _problems(second) if text not in wrong]
-        where = f"{source}" if isinstance(source, str | Path) else "the config"
-        listed = "\n  ".join([f"{where} with {len(wrong)} problem{'s' * (len(wrong) > 1)}:", *wrong])
-        need = f"options as `{program()} train --help` lists them"
-        fail(SettingsError, listed, need, "mend these and start again", error)
+    else:
+        bad = set()
+    if not wrong:
+        return config
+    # what only several fields make wrong is asked of those that are fine
+    fine = {"model": "-", "data": "-"} | {key: value for key, value in given.items() if key not in bad}
+    if "method" in bad:
+        fine = {key: value for key, value in fine.items() if not Config.model_fields[key].json_schema_extra["methods"]}
+    if "task" in fine:
+        apart = Config.model_validate(fine, context=APART)
+        wrong += [text for text in [*apart.contradictions(), *also(apart)] if text not in wrong]
+    need = f"options as `{program()} train --help` lists them"
+    fail(SettingsError, _listing(source, options, wrong), need, "mend these and start again", cause)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, with 1e-5 as the number that everybody means, and not a text."""
+def _listing(source: Any, options: Mapping[str, Any], wrong: list[str]) -> str:
+    """The problems, those of a file apart from those of flags or arguments beside it."""
+    if not isinstance(source, str | Path):
+        return listed("the config with", wrong)
+    beside = [text for text in wrong if set(text.partition(":")[0].split(", ")) & set(options)]
+    own = [text for text in wrong if text not in beside]
+    parts = [(f"{source} with", own), (f"options beside {source} with", beside)]
+    return "\n".join(listed(head, some) for head, some in parts if some).replace("\noptions", "\n  options")
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def parse(text: str) -> Any:
-    """A YAML text, of a file or of a flag."""
-    return yaml.load(text, _Loader)
-
-
-def _mapping(source: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any]:
-    if source is None or isinstance(source, Mapping):
-        return source or {}
-    try:
-        text = Path(source).expanduser().read_text(encoding="utf-8")
-        found = parse(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        fail(SettingsError, f"{source}: {error}", "a YAML file of options", "check the path and the file", error)
-    if not isinstance(found, dict):
-        fail(SettingsError, f"{source}: {type(found).__name__}", "a YAML mapping option: value", "see --help")
-    return found
+def listed(head: str, wrong: list[str]) -> str:
+    """A heading with the number of problems, and a line for each."""
+    return "\n  ".join([f"{head} {len(wrong)} problem{'s' * (len(wrong) > 1)}:", *wrong])
 
 
 def _problems(error: pydantic.ValidationError) -> list[str]:
@@ -349,38 +357,28 @@ def _problems(error: pydantic.ValidationError) -> list[str]:
     for entry in error.errors():
         name = str(entry["loc"][0]) if entry["loc"] else ""
         if entry["type"] == "extra_forbidden":
-            text = f"{name}: no such option{_near(name)}"
+            text = f"{name}: no such option{near(name)}"
         elif entry["type"] == "missing":
             text = f"{name}: missing; {Config.model_fields[name].description}"
         elif not name:
             lines |= {line: line for line in str(entry["ctx"]["error"]).splitlines()}
             continue
         else:
-            text = f"{name}: {entry['input']!r}; {entry['msg'][0].lower()}{entry['msg'][1:]}"
+            value = "no value" if entry["input"] is None else repr(entry["input"])
+            text = f"{name}: {value}; {entry['msg'][0].lower()}{entry['msg'][1:]}"
         if name not in lines or len(text) < len(lines[name]):
             lines[name] = text
     return list(lines.values())
 
 
-def _near(name: str) -> str:
-    near = difflib.get_close_matches(name.replace("-", "_"), Config.model_fields, n=1, cutoff=0.6)
-    return f"; {near[0]} is one" if near else ""
+def near(name: str, known: Iterable[str] = ()) -> str:
+    """Which of the known names (the options') was meant, as the end of a message; '' where none is like it."""
+    plain = name.replace("-", "_")
+    meant = [] if known else [ELSEWHERE[plain]] if plain in ELSEWHERE else []
+    meant = meant or difflib.get_close_matches(plain, list(known) or Config.model_fields, n=1, cutoff=0.6)
+    return f"; {meant[0]} is one" if meant else ""
 
 
 def dump(config: Config) -> str:
     """YAML that `read` reads back to the same config."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
-
-
-def only(about: Mapping[str, Any]) -> str:
-    """For which tasks or methods an option is there."""
-    tasks = about["tasks"] and tuple(about["tasks"])
-    named, left = [], set(tasks or ())
-    while left:
-        best = max(GROUPS, key=lambda group: len(left & set(group)) if set(group) <= set(tasks) else 0)
-        if len(covered := left & set(best)) < 2 or not set(best) <= set(tasks):
-            named += [task for task in tasks if task in left]
-            break
-        named.append(GROUPS[best])
-        left -= covered
-    return ", ".join([*named, *(about["methods"] or ())])

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Splits", "audio_seconds", "load_audio", "load_image", "read", "rows"]
 
 SKIP = "mend them, or leave such rows out with bad_rows: skip (--bad-rows skip)"
+SKIP_USED = "mend them, or leave such rows out with --skip-bad-rows (bad_rows='skip' in Python)"  # eval and predict
+MEND = "mend the data, then start again"
 LISTED = 20
 
 
@@ -117,7 +119,7 @@ def rows(source: str | Path | Iterable[Any], task: Task, need_truth: bool = Fals
     splits = Splits()
     _add(splits, split, parts, _roles({split: parts}, wanted, given)[split], wanted)
     if splits.problems and (config.bad_rows == "stop" or not len(splits[split])):
-        _stop(splits.problems)
+        _stop(splits.problems, SKIP_USED if len(splits[split]) else MEND)
     return splits[split]
 
 
@@ -253,8 +255,7 @@ def _feature(holds: str, cells: list[Any]) -> Any:
     }.get(holds, text)
 
 
-def _stop(problems: Sequence[Problem]) -> None:
-    do = SKIP if all(problem.row for problem in problems) else "mend the data, then start again"
+def _stop(problems: Sequence[Problem], do: str = MEND) -> None:
     fail(DataError, listed(problems), "rows that can all be used", do)
 
 
@@ -335,9 +336,14 @@ def _hold_out(splits: Splits, task: Task, config: Config) -> None:
         return
     held = _held(rows, task, config)
     if not held or len(held) == len(rows):
-        what = f"{len(rows)} training rows that differ are too few to hold {config.validation_share:.0%} of them out"
-        few = Problem(splits.sources["train"], None, None, what, "Pass more rows, or a validation split")
-        _stop([*splits.problems, few])
+        labels = [c.role for c in task.columns if c.holds == "label" and c.role in rows.column_names]
+        bad = any(problem.split == "train" for problem in splits.problems)
+        if wrong := [problem for role in labels if (problem := splits.no_classes(role, pending=bad))]:
+            _stop([*wrong, *splits.problems])
+        what = f"no two of {len(rows):,} rows{' of one label' if labels else ''} differ" if len(rows) > 1 else "one row"
+        few = Problem(splits.sources["train"], None, None, f"{what}: none can be held out", "Pass more rows")
+        need = "rows to learn from, and others to hold out"
+        fail(DataError, listed(splits.problems or [few]), need, "mend the data, or pass a validation split")
     splits.select("train", sorted(held), into="validation")
     splits.select("train", [place for place in range(len(rows)) if place not in held])
     splits.notes.append(

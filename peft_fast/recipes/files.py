@@ -144,6 +144,8 @@ def _csv(path: Path, file: str) -> Table:
     if not lines:
         return Table(file, [], (), lambda name: [], path.parent, problems)
     number, names = lines[0]
+    if problems and problems[0].row < number:  # the line of names: the next one is none
+        raise Unreadable(problems[0])
     names = [name.strip() for name in names]
     while names and not names[-1] and all(len(cells) < len(names) or not cells[-1] for _, cells in lines[1:]):
         names.pop()  # every line ends with a separator
@@ -340,6 +342,8 @@ def _arff(path: Path, file: str) -> Table:
             continue
         if not data:
             if found := re.match(r"@attribute\s+('[^']*'|\"[^\"]*\"|\S+)", line, re.IGNORECASE):
+                if bad := text.take(number, number):
+                    raise Unreadable(bad)
                 names.append(found[1].strip("'\""))
             data = line.lower().startswith("@data")
             continue

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import PydanticUndefined
 
 from peft_fast.recipes import config as configs
-from peft_fast.recipes.config import Config
+from peft_fast.recipes.config import AUDIO, GENERATES, IMAGES, LABELLED, SEQ2SEQ, TEXT, Config
 
+# how help and docs name a set of tasks
+GROUPS = {
+    TEXT: "text",
+    SEQ2SEQ: "translation, summarization",
+    GENERATES: "generation",
+    IMAGES: "images",
+    AUDIO: "audio",
+    LABELLED: "classification",
+}
 PAGE = Path(__file__).with_name("docs") / "options.md"
 HEAD = """\
 # Options
@@ -32,8 +42,8 @@ def page() -> str:
         parts.append(f"\n## {what[:1].upper()}{what[1:]}\n\n{head}")
         for name, field in Config.model_fields.items():
             if field.json_schema_extra["section"] == section:
-                only = configs.only(field.json_schema_extra)
-                what_it_is = f"{field.description}{f' ({only})' if only else ''}"
+                group = only(field.json_schema_extra)
+                what_it_is = f"{field.description}{f' ({group})' if group else ''}"
                 cells = (f"`{name}`", _takes(field.annotation), _default(field), what_it_is)
                 parts.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
     return "".join(parts).rstrip("\n") + "\n"
@@ -60,6 +70,20 @@ def _default(field: Any) -> str:
     if value is None or value == [] or value == {} or value == "":
         return ""
     return {True: "`true`", False: "`false`"}[value] if isinstance(value, bool) else f"`{value}`"
+
+
+def only(about: Mapping[str, Any]) -> str:
+    """For which tasks or methods an option is there."""
+    tasks = about["tasks"] and tuple(about["tasks"])
+    named, left = [], set(tasks or ())
+    while left:
+        best = max(GROUPS, key=lambda group: len(left & set(group)) if set(group) <= set(tasks) else 0)
+        if len(covered := left & set(best)) < 2 or not set(best) <= set(tasks):
+            named += [task for task in tasks if task in left]
+            break
+        named.append(GROUPS[best])
+        left -= covered
+    return ", ".join([*named, *(about["methods"] or ())])
 
 
 if __name__ == "__main__":

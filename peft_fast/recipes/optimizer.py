@@ -8,6 +8,7 @@ rate of a weight = head_learning_rate                           in the head: 10 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import types
 from collections.abc import Iterator
@@ -35,6 +36,20 @@ SCHEDULES = {
     "inverse_sqrt": "inverse_sqrt",
 }
 LORA_B = ("lora_B", "lora_embedding_B")
+
+
+def check(config: Config) -> None:
+    """Refuses a name that no optimizer has, with one that is like it."""
+    from transformers.training_args import OptimizerNames
+
+    names = [kind.value for kind in OptimizerNames]
+    if config.optimizer in names:
+        return
+    known = {name.partition("_")[0]: name for name in reversed(names)} | {name: name for name in names}
+    like = difflib.get_close_matches(config.optimizer.lower(), known, n=1, cutoff=0.6)
+    given = f"optimizer: {config.optimizer}" + (f"; {known[like[0]]} is one" if like else "")
+    do = "correct it, or leave it out for adamw_torch"
+    fail(SettingsError, given, "a name that TrainingArguments.optim takes", do)
 
 
 def build(model: nn.Module, task: Task, config: Config, arguments: TrainingArguments | None = None) -> Optimizer:

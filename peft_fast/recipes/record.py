@@ -54,12 +54,14 @@ def there(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CONFIG, RESULT, CHECKPOINTS))
 
 
-def config_of(folder: str | Path, **options: Any) -> Config:
-    """The config of the run in a folder, with ``options`` over it."""
+def config_of(folder: str | Path, *also: Any, **options: Any) -> Config:
+    """The config of the run in a folder, with ``options`` over it; ``also`` as `config.read` takes it."""
     folder = Path(folder).expanduser()
     if not (folder / CONFIG).exists():
-        fail(SettingsError, f"{folder}: no {CONFIG}", "the folder of a run", "name it with --out, or start one")
-    return configs.read(folder / CONFIG, **options)
+        do = "name it with --out; a run that ended in its first seconds left nothing to go on with: start it again "
+        do += "with its own options, --resume or not"
+        fail(SettingsError, f"{folder}: no {CONFIG}", "the folder of a run", do)
+    return configs.read(folder / CONFIG, *also, **options)
 
 
 def hold(lock: IO[str], folder: Path, doing: str) -> None:
@@ -140,20 +142,24 @@ class Record:
             do = "leave these out (`--resume --out DIR` alone is enough), or start a run of its own with another --out"
             fail(SettingsError, "\n  ".join(["--resume with", *lines]), "the options the run began with", do)
 
-    def open(self, facts: dict[str, Any], rows: dict[str, int]) -> None:
-        """Takes the folder: config.yaml and task.json are in it from now on."""
+    def open(self, facts: dict[str, Any], rows: dict[str, int]) -> int:
+        """Takes the folder: config.yaml and task.json are in it from now on. Returns the threads it ran by before."""
+        import torch
+
+        threads = torch.get_num_threads()
         self.made = [path for path in (self.folder, *self.folder.absolute().parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take()
         self.fresh = not self.config.resume or not there(self.folder)
-        learnt = _plain({"task": self.config.task, "facts": facts, "rows": rows})
+        learnt = _plain({"task": self.config.task, "facts": facts, "rows": rows, "threads": threads})
         if self.config.resume:
-            self._rows(learnt)
+            threads = self._before(learnt).get("threads", threads)
         else:
             self._aside()
         write(self.folder / CONFIG, configs.dump(self.config.model_copy(update={"resume": False, "overwrite": False})))
         write_json(self.folder / TASK, learnt)
         self.lines = (self.folder / LOG).open("a", encoding="utf-8")
+        return threads
 
     def _take(self) -> None:
         lock = (self.folder / LOCK).open("w")
@@ -164,15 +170,17 @@ class Record:
             raise
         self.lock = lock
 
-    def _rows(self, learnt: dict[str, Any]) -> None:
+    def _before(self, learnt: dict[str, Any]) -> dict[str, Any]:
+        """What the run began with; refuses other rows."""
         try:
             before = json.loads((self.folder / TASK).read_text(encoding="utf-8"))
         except (OSError, ValueError):  # killed before it was there: nothing has been learnt yet either
-            return
+            return {}
         if (before.get("facts"), before.get("rows")) != (learnt["facts"], learnt["rows"]):
             given = f"--resume: other rows than {self.folder} began with ({before.get('rows')}, now {learnt['rows']})"
             do = "put the data back as it was, or start a run of its own with another --out"
             fail(DataError, given, "the same rows", do)
+        return before
 
     def _ours(self) -> list[Path]:
         """What a run leaves, and nothing else that may be in the folder."""
@@ -211,11 +219,14 @@ class Record:
             self.lines.flush()
 
     def back_to(self, step: int) -> None:
-        """Drops the entries of steps that will be done again."""
+        """Drops the entries of steps that will be done again; `step` is that of the checkpoint, or -1."""
         if self.lines:
             self.lines.close()
         path = self.folder / LOG
         kept = [line for line in _lines(path) if line.get("step", 0) <= step]
+        saved = {"kind": "checkpoint", "step": step}
+        if step > 0 and saved not in kept:  # killed between the checkpoint and its entry
+            kept.append(saved)
         write(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.lines = path.open("a", encoding="utf-8")
 

@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from peft_fast.errors import SettingsError, UnsupportedError, fail
-from peft_fast.recipes.config import Config
+from peft_fast.recipes.config import Config, near
 
 BOARD = "tensorboard"
 
 
-def check(config: Config) -> None:
-    """Refuses a name in report_to that transformers does not know, or whose package is not here."""
+def check(name: str) -> None:
+    """Refuses a name of report_to that transformers does not know, or whose package is not here."""
     from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as KNOWN
 
-    known, here = INTEGRATION_TO_CALLBACK, get_available_reporting_integrations()
-    for name in config.report_to:
-        if name not in known:
-            fail(SettingsError, f"report_to: {name}", f"of {', '.join(sorted(known))}", "correct it or leave it out")
-        if name not in here:
-            fail(UnsupportedError, f"report_to: {name}", f"the package of {name}", f"run `pip install {name}`")
+    if name not in KNOWN:
+        given, need = f"report_to: {name}{near(name, KNOWN)}", f"of {', '.join(sorted(KNOWN))}"
+        fail(SettingsError, given, need, "correct it or leave it out")
+    if name not in get_available_reporting_integrations():
+        do = f"run `pip install {name}`"
+        fail(UnsupportedError, f"report_to: {name}", f"the package of {name}: {do}", do)
 
 
 def named(config: Config) -> list[str] | str:

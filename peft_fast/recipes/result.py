@@ -150,6 +150,8 @@ def build(
     memory: dict[str, int],
 ) -> dict[str, Any]:
     """The whole of it."""
+    import torch
+
     from peft_fast.benchmarks import machine
 
     config, task, clock, history = prepared.config, prepared.task, learner.clock, learner.state.log_history
@@ -189,7 +191,8 @@ def build(
         "resumed_at": learner.resumed_at,
         "unfrozen": unfrozen,
         "sizes": sizes(config, learner.state.max_steps),
-        "machine": machine.header(prepared.device),
+        # sums of other parts have other last bits: a run is the same again by as many threads
+        "machine": machine.header(prepared.device) | {"threads": torch.get_num_threads()},
     }
 
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from peft_fast import settings
 from peft_fast.errors import SettingsError, fail, program
+from peft_fast.recipes import before, reporters, tasks
 from peft_fast.recipes import config as configs
 from peft_fast.recipes import record as records
-from peft_fast.recipes import reporters, tasks
 from peft_fast.recipes import result as results
 from peft_fast.recipes.config import ADAPTERS, Config
 from peft_fast.recipes.process import Memory, as_it_was, device_of, generators_kept, need_packages
@@ -78,6 +78,8 @@ def train(
     checkpoint and returns a Run whose result["state"] is "stopped".
     """
     need_packages()
+    import torch
+
     config = resolve(config, options)
     record = records.Record(config)
     record.look()
@@ -88,7 +90,9 @@ def train(
         began = time.time()
         try:
             prepared = prepare(config, screen.say)
-            record.open(prepared.task.facts, prepared.rows)
+            threads = record.open(prepared.task.facts, prepared.rows)
+            if threads != (now := torch.get_num_threads()) and prepared.device.type == "cpu":
+                screen.say(f"note: {now} CPU threads, {threads} before: it goes on, not bit for bit")
             with reporters.closed(config):
                 return _train(prepared, record, screen, callbacks, began)
         except Exception as error:
@@ -130,8 +134,8 @@ def resolve(config: Config | str | Path | Mapping[str, Any] | None, options: Map
         config = config.model_dump(exclude_unset=True)
     if config is None and options.get("resume") in (True, "true"):
         folder = options.get("out") or Config.model_fields["out"].default
-        return records.config_of(folder, **{"out": folder, **options})
-    return configs.read(config, **options)
+        return records.config_of(folder, before.also, **{"out": folder, **options})
+    return configs.read(config, before.also, **options)
 
 
 # ---- before the first step
@@ -142,18 +146,12 @@ def prepare(config: Config, say: Say = lambda text: None, forecast_only: bool = 
     from transformers import set_seed
 
     from peft_fast.recipes import checks, data, methods, optimizer
-    from peft_fast.recipes.trainer import arguments, steps_per_epoch
+    from peft_fast.recipes.trainer import steps_per_epoch
 
     task = tasks.get(config.task)(config)
-    if config.metric and config.metric not in task.judged_by:
-        need = f"one of {', '.join(sorted(task.judged_by))}"
-        fail(SettingsError, f"metric: {config.metric}", need, f"leave it out for {task.metric}")
-    methods.check(config, task)
+    before.check(config)
     device = device_of(config)
     load_dtype, precision = methods.dtypes(config, task.modality)
-    # for what it says about training_arguments and report_to, before anything is read
-    reporters.check(config)
-    arguments(config, task, config.out, 1, device, False, precision)
     set_seed(config.seed)
     splits = data.read(config, task)
     task.learn(splits)

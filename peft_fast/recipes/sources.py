@@ -7,9 +7,11 @@ by class, a saved dataset, a hub id, or example:NAME.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +68,16 @@ def tables(data: str | Path | dict[str, str], task: Task, say: Callable[[str], N
     wrong: list[Problem] = []
     if isinstance(data, dict):
         _share(data)
+        named = _apart([Path(source).expanduser() for source in data.values()])
         for split, source in data.items():
             try:
                 parts = _tables(str(source), task, say)
                 found[split] = parts.get(split) or parts.get("train") or next(iter(parts.values()))
             except Unreadable as error:
-                wrong.append(error.problem)
+                problem, path = error.problem, Path(source).expanduser()
+                if problem.file.rstrip("/") == path.name:
+                    problem = dataclasses.replace(problem, file=problem.file.replace(path.name, named[path]))
+                wrong.append(problem)
     else:
         try:
             found = _tables(str(data), task, say)
@@ -80,6 +86,34 @@ def tables(data: str | Path | dict[str, str], task: Task, say: Callable[[str], N
     if wrong:
         listed = "\n  ".join(map(str, wrong))
         fail(DataError, listed, "data that can be read", "correct the files, or pass others with data")
+    _name(found)
+    return found
+
+
+def _name(found: Tables) -> None:
+    """Gives tables of one name, but of several files, as much of their path as tells them apart."""
+    alike: dict[str, list[Table]] = {}
+    for table in (table for parts in found.values() for table in parts):
+        alike.setdefault(table.file, []).append(table)
+    for file, tables in alike.items():
+        folder = "/" * file.endswith("/")
+        paths = [table.base if folder else table.base / Path(file).name for table in tables]
+        if len(set(paths)) > 1:
+            named = _apart(paths)
+            for table, path in zip(tables, paths, strict=True):
+                table.file = f"{named[path]}{folder}"
+                table.problems = [dataclasses.replace(problem, file=table.file) for problem in table.problems]
+
+
+def _apart(paths: Iterable[Path]) -> dict[Path, str]:
+    """Of each path its name, and as many folders before it as tell it from the others."""
+    parts = {path: Path(os.path.abspath(path)).parts for path in paths}
+    found = {}
+    for path, own in parts.items():
+        size, others = 1, [other for other in parts.values() if other != own]
+        while size < len(own) and any(other[-size:] == own[-size:] for other in others):
+            size += 1
+        found[path] = str(Path(*own[-size:]))
     return found
 
 

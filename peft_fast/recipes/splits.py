@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -11,6 +12,17 @@ from peft_fast.recipes.tasks import Problem
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+SOME = 20  # classes from which on "as many as rows" is a mistake
+
+
+def classes_of(cells: Iterable[Any]) -> Counter:
+    """Rows of each class; a cell is a class, a list of them, or None."""
+    return Counter(name for cell in cells for name in each(cell))
+
+
+def each(cell: Any) -> Iterable[str]:
+    return cell if isinstance(cell, list) else [cell] if cell is not None else []
 
 
 class Splits(dict):
@@ -33,6 +45,25 @@ class Splits(dict):
     def file(self, split: str, place: int) -> str:
         """The name of the file that row ``place`` of the split is from."""
         return self._files[split][place] if split in self._files else self.sources[split]
+
+    def no_classes(self, role: str, pending: bool = False) -> Problem | None:
+        """What is wrong with a column of one class only, or of as many as rows.
+
+        ``pending``: bad rows are to be mended first, and a few good ones beside them say nothing of the classes.
+        """
+        cells = self["train"][role][:]
+        counts, some = classes_of(cells), len(cells) > SOME
+        # after a hold-out or a draw these are not the file's
+        rows = f"{len(cells):,} {'training ' * ('train' in self.drawn)}row{'s' * (len(cells) != 1)}"
+        if len(counts) < 2 and (some or not pending):
+            what = f"one class only, {next(iter(counts), None)!r}, in {rows}"
+            fix = "Add rows of another class, or name the column of classes with columns"
+        elif len(counts) > max(SOME, len(cells) / 2):
+            what = f"{len(counts):,} different classes in {rows} ({', '.join(list(counts)[:3])}, …)"
+            fix = f"Name the column of classes with columns: {{{role}: NAME}}, or use the task regression for numbers"
+        else:
+            return None
+        return Problem(self.sources["train"], None, self.names.get(role, role), what, fix, split="train")
 
     def choose(self, split: str, how: str) -> None:
         """Remember how the split's rows were chosen, besides what was done to it before."""

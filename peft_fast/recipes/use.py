@@ -189,7 +189,7 @@ def _rows(run: Loaded, given: Any, split: str | None) -> tuple[Any, str, str | N
     if wanted not in splits:
         fail(DataError, f"--split {wanted}", "one of " + ", ".join(splits), "pass one of these")
     if splits.problems and config.bad_rows == "stop":
-        fail(DataError, data.listed(splits.problems), "rows that can all be used", data.SKIP)
+        fail(DataError, data.listed(splits.problems), "rows that can all be used", data.SKIP_USED)
     return splits[wanted], f"{splits.sources[wanted]} ({wanted})", wanted
 
 

@@ -64,9 +64,11 @@ def test_clear_words(finished, given, error, said):
 
 
 def test_bad_rows_stop_or_are_left_out(finished, tmp_path):
-    (tmp_path / "rows.csv").write_text("text,label\na lovely film,positive\n,negative\n")
+    (tmp_path / "rows.csv").write_text("text,label\na lovely film,positive\n,negative\nb,positive\nc,negative\n")
     given = [str(finished), "--data", str(tmp_path / "rows.csv"), "--output", str(tmp_path / "e.json")]
-    with pytest.raises(DataError, match="rows.csv, row 3"):
-        command.app(given)
-    assert command.app([*given, "--skip-bad-rows"]) == 0
-    assert json.loads((tmp_path / "e.json").read_text())["rows"] == 1
+    for words, rows in ((given, 3), ([*given, "--split", "train"], 2)):
+        with pytest.raises(DataError, match="(?s)rows.csv, row 3.* --skip-bad-rows ") as refused:
+            command.app(words)
+        assert "--bad-rows" not in str(refused.value)
+        assert command.app([*words, "--skip-bad-rows"]) == 0
+        assert json.loads((tmp_path / "e.json").read_text())["rows"] == rows

@@ -54,12 +54,16 @@ def test_files_keep_their_columns(finished, rows, tmp_path, suffix):
 def test_rows_that_cannot_be_answered_keep_their_place(finished, tmp_path):
     rows, out = tmp_path / "rows.csv", tmp_path / "out.jsonl"
     rows.write_text("text,id\na lovely film,1\n,2\nthe dull end,3\n")
-    with pytest.raises(DataError, match="rows.csv, row 3"):
+    with pytest.raises(DataError, match="(?s)rows.csv, row 3.* --skip-bad-rows ") as refused:
         predict.app([str(finished), "--input", str(rows), "--output", str(out)])
-    assert not out.exists()
+    assert not out.exists() and "--bad-rows" not in str(refused.value)
     assert predict.app([str(finished), "--input", str(rows), "--output", str(out), "--skip-bad-rows"]) == 0
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["id"], row["predicted_label"]) for row in found] == [("1", "positive"), ("2", None), ("3", "negative")]
+    rows.write_text("text,id\n,1\n,2\n")
+    with pytest.raises(DataError, match="(?s)2 problems.*do: mend the data") as refused:
+        predict.app([str(finished), "--input", str(rows), "--skip-bad-rows"])
+    assert "bad" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from peft_fast.errors import DataError
 from peft_fast.recipes import checks, data
 from peft_fast.recipes.tasks import Column, Problem
 
-from .reading import ROWS, picture, task, write_csv, write_jsonl
+from .reading import ROWS, TEXT, picture, task, write_csv, write_jsonl
 
 
 def write(folder, **splits):
@@ -88,6 +88,14 @@ def test_nothing_that_is_left(tmp_path):
     assert "one class only, 'good'" in refused(write(tmp_path, train=few, validation=HELD), bad_rows="skip")
 
 
+@pytest.mark.parametrize("train", [HELD, [("", "good"), (" ", "bad")]], ids=["held out", "empty"])
+def test_what_is_done_already_is_not_advised(tmp_path, train):
+    files = write(tmp_path, train=train, validation=HELD)
+    message = refused(files, bad_rows="skip")
+    assert "train.csv, row 2, column text: " in message and "bad_rows" not in message
+    assert message.splitlines()[-1].startswith("do: mend the data")
+
+
 def test_only_the_first_problems_are_listed_and_all_are_counted(tmp_path):
     rows = [("", "good")] * 100 + [(f"text {i}", "") for i in range(30)]
     message = refused(write(tmp_path, train=[*ROWS, *rows], validation=HELD))
@@ -121,12 +129,46 @@ def test_one_class_only(tmp_path):
     assert "train.csv, column label: one class only, 'good', in 60 rows. Add rows of another class" in message
     assert "bad_rows" not in message
     assert "one class only" in refused(write(tmp_path, train=rows), bad_rows="skip")
+    assert "one class only, 'good', in 54 training rows. Add" in refused(write(tmp_path, train=rows))  # 6 are held out
+    held = [*HELD, ("", "good")]  # a bad row elsewhere
+    assert "one class only, 'good', in 1 row. Add" in refused(write(tmp_path, train=rows[:1], validation=held))
 
 
 def test_a_column_that_holds_no_classes(tmp_path):
     rows = [(text, f"{i / 7:.3f}") for i, (text, _) in enumerate(ROWS)]
     message = refused(write(tmp_path, train=rows, validation=rows[:1]))
     assert "60 different classes in 60 rows" in message and "task regression" in message
+    message = refused(write(tmp_path, train=[*rows, ("", "1")]))  # not one can be held out, which more rows do not mend
+    assert "given: 2 problems:\n  train.csv, column label: 60 different classes in 60 rows" in message
+    assert "task regression" in message and "train.csv, row 62, column text: empty" in message
+    assert "held out" not in message and "hold out" not in message
+
+
+GOOD, BROKEN = {"text": "a", "label": "x"}, {"text": "b"}
+
+
+@pytest.mark.parametrize("validation", [{}, {"validation": [GOOD | {"text": "c"}]}], ids=["held out", "given"])
+def test_bad_rows_stand_before_what_follows_of_them(tmp_path, validation):
+    splits = {"train": [GOOD, BROKEN, BROKEN]} | validation
+    files = {split: str(write_jsonl(tmp_path / f"{split}.jsonl", rows)) for split, rows in splits.items()}
+    given = refused(files).partition("\nneeded: ")[0]
+    assert [line.strip()[:34] for line in given.splitlines()[1:]] == [
+        "train.jsonl, row 2, column label: ",
+        "train.jsonl, row 3, column label: ",
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows, told",
+    [([("a", "x"), ("b", "y")], "no two of 2 rows of one label differ"), ([("a", "x"), ("A", "x")], "'x', in 2 rows")],
+)
+def test_too_few_to_hold_out(tmp_path, rows, told):
+    assert told in refused(write(tmp_path, train=rows))
+    texts = [(text,) for text in ("a", "a")]
+    path = write_csv(tmp_path / "d.csv", texts, head=("text",))
+    assert "given: d.csv: no two of 2 rows differ: none can be held out" in refused(path, TEXT, task="masked-lm")
+    path = write_csv(tmp_path / "d.csv", texts[:1], head=("text",))
+    assert "given: d.csv: one row: none can be held out" in refused(path, TEXT, task="masked-lm")
 
 
 def test_classes_that_look_alike_are_said(tmp_path):

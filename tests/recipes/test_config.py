@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 from peft_fast.errors import SettingsError
-from peft_fast.recipes import config
+from peft_fast.recipes import config, yamls
 from peft_fast.recipes.config import Config
 
 LEAST = dict(task="sequence-classification", model="m", data="d.csv")
@@ -59,12 +59,62 @@ def test_what_is_wrong_comes_at_once():
         ({"data": {"train": "t", "dev": "d"}}, "data: split dev"),
         ({"evaluate_every": 0}, "evaluate_every: 0; epoch, or 1 step or more"),
         ({"training_arguments": {"seed": 3}}, "training_arguments: seed are set by options of their own"),
+        ({"class_weights": {"a": -3.0, "b": 1.0}}, "class_weights: {'a': -3.0, 'b': 1.0}; weights of 0 or more"),
+        ({"lr": 1}, "lr: no such option; learning_rate is one"),
+        ({"warmup": None}, "warmup: no value; input should be a valid number"),
+        ({"training_arguments": {"adam_beta2": float("nan")}}, "training_arguments: adam_beta2: nan; a finite number"),
         ({"search": {"rr": [1]}}, "search: rr is no option"),
         ({"early_stopping": "often"}, "early_stopping: 'often'; input should be a valid integer"),
     ],
 )
 def test_the_rules(more, told):
     assert told in wrong({**LEAST, **more})
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("name", [n for n, field in Config.model_fields.items() if "float" in str(field.annotation)])
+def test_numbers_are_finite(name, value):
+    """Of every option that takes a number."""
+    given = {"a": value} if name == "class_weights" else value
+    told = wrong({**LEAST, name: given})
+    assert f"{name}: {value}; input should be a finite number" in told and "with 1 problem:" in told
+
+
+def test_a_method_that_is_none_makes_no_other_option_wrong():
+    assert "with 1 problem:" in wrong({**LEAST, "method": "gradul", "unfreeze_layers": 2})
+
+
+@pytest.mark.parametrize("given, taken", [("wandb", ["wandb"]), ("none", []), (["tensorboard"], ["tensorboard"])])
+def test_reporters_as_training_arguments_take_them(given, taken):
+    assert config.read(LEAST, report_to=given).report_to == taken
+
+
+def test_a_key_that_stands_twice_is_said_with_its_lines(tmp_path):
+    """At the top, in a mapping, in one line; not what `<<` brings and is given anew."""
+    path = tmp_path / "a.yaml"
+    text = "task: regression\nmodel: m\ndata: d.csv\n"
+    path.write_text(text + "training_arguments:\n  adam_beta2: 0.9\n  adam_beta2: 0.8\ntask: masked-lm\nepochs: 0\n")
+    told = wrong(path)
+    for part in (
+        "task: given 2 times, in lines 1, 7",
+        "adam_beta2: given 2 times, in lines 5, 6",
+        "epochs: 0",
+        "3 problems",
+    ):
+        assert part in told, told
+    path.write_text(text + "columns: {text: a, text: b}\n")
+    assert "text: given 2 times, in line 4" in wrong(path)
+    path.write_text(text + "search: {r: &a {low: 1, high: 2}, alpha: {<<: *a, high: 3}}\n")
+    assert config.read(path).search["alpha"] == {"low": 1, "high": 3}
+
+
+def test_what_is_wrong_in_the_file_and_what_beside_it(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("task: regression\nmodel: m\ndata: d.csv\nepochs: 0\nr: 0\n")
+    first, second = wrong(path, lr=None, seed=-1, r=4).split("\n  options beside ")
+    assert f"{path} with 1 problem:\n  epochs: 0" in first and "lr" not in first
+    assert second.startswith(f"{path} with 2 problems:\n  seed: -1") and "\n  lr: no such option" in second
+    assert f"given: options beside {path} with 1 problem:\n  seed" in wrong(path, epochs=1, r=4, seed=-1)
 
 
 def test_options_go_over_the_file(tmp_path):
@@ -79,6 +129,8 @@ def test_options_go_over_the_file(tmp_path):
     "text, told",
     [
         ("- a\n- b\n", "a YAML mapping"),
+        ("", "empty, there is no option in it"),
+        ("# epochs: 3\n", "empty, there is no option in it"),
         ("task: [causal-lm\n", "while parsing"),
         (None, "No such file"),
         (b"task: \xff\xfe", "codec can't decode"),
@@ -93,7 +145,7 @@ def test_a_file_that_is_no_config(tmp_path, text, told):
 
 def test_numbers_as_everybody_writes_them():
     """PyYAML alone takes 1e-5 for a text."""
-    found = config.parse("{low: 1e-5, high: 2E-3, much: 1e4, text: e5, version: 1.2.3}")
+    found = yamls.parse("{low: 1e-5, high: 2E-3, much: 1e4, text: e5, version: 1.2.3}")
     assert found == {"low": 1e-5, "high": 2e-3, "much": 1e4, "text": "e5", "version": "1.2.3"}
 
 

@@ -226,6 +226,44 @@ def test_files_that_cannot_be_read(tmp_path, name):
     assert given in message and str(tmp_path) not in message.replace(str(tmp_path / name), name)
 
 
+@pytest.mark.parametrize(
+    "head, told",
+    [
+        (b"t\xe9xt,label", "row 1: byte 0xe9 at offset 1 of the file is no UTF-8. Save the file as UTF-8"),
+        (b'"text"s,label', "row 1: malformed"),
+    ],
+)
+def test_a_line_of_names_that_cannot_be_read(tmp_path, head, told):
+    (tmp_path / "d.csv").write_bytes(head + b"\na film,good\nanother,bad\n")
+    message = refused(tmp_path / "d.csv")
+    assert message.startswith(f"given: d.csv, {told}") and "no column" not in message
+
+
+def test_an_attribute_that_is_no_utf8(tmp_path):
+    (tmp_path / "d.arff").write_bytes(b"@attribute t\xe9xt string\n@attribute label {a,b}\n@data\n'x',a\n'y',b\n")
+    assert "given: d.arff, row 1: byte 0xe9 at offset 12" in refused(tmp_path / "d.arff")
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    files = {split: str(write_csv(tmp_path / split / "data.csv")) for split in ("tr", "te")}
+    splits = read({"train": files["tr"], "test": files["te"]}, validation_share=0.2)
+    assert splits.sources["train"] == "tr/data.csv" and splits.file("test", 3) == "te/data.csv"
+    write_csv(tmp_path / "tr" / "data.csv", [*ROWS, ("", "good")])
+    splits = read({"train": files["tr"], "test": files["te"]})
+    assert problems(splits) == ["tr/data.csv, row 62, column text: empty. Fill the cell, or remove the row"]
+    (tmp_path / "te" / "data.csv").write_bytes(b"")
+    assert "given: te/data.csv: empty file" in refused({"train": files["tr"], "test": files["te"]})
+    (tmp_path / "empty" / "tr").mkdir(parents=True)
+    message = refused({"train": str(tmp_path / "tr"), "test": str(tmp_path / "empty" / "tr")})
+    assert "given: empty/tr/: no data file in this folder" in message
+    other = str(write_csv(tmp_path / "x" / "held.csv"))
+    assert read({"train": files["tr"], "test": other}).sources["train"] == "data.csv"
+    for split in ("train_set", "test_set"):
+        write_csv(tmp_path / "both" / split / "data.csv").write_bytes(b"text,label\na\nb,good\nc,bad\nd,bad\ne,good\n")
+    told = problems(read(tmp_path / "both", validation_share=0.5))
+    assert sorted(line.partition(":")[0] for line in told) == ["test_set/data.csv, row 2", "train_set/data.csv, row 2"]
+
+
 def test_every_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"")
     message = refused({"train": str(tmp_path / "a.csv"), "test": str(tmp_path / "b.csv")})

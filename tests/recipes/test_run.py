@@ -95,6 +95,17 @@ def test_ctrl_c_saves_and_resume_ends_where_an_undisturbed_run_does(learn, whole
     assert whole.result["throughput"]["units"] == went_on.result["throughput"]["units"]
 
 
+def test_another_number_of_threads_is_said_when_a_run_goes_on(learn, signalled, tmp_path):
+    cut = learn([signalled(2)], threads=1)
+    assert cut.result["machine"]["threads"] == 1
+    said = []
+    went_on = run.train(resume=True, out=str(tmp_path / "run"), threads=2, say=said.append)
+    assert went_on.result["machine"]["threads"] == 2
+    assert [line for line in said if "threads" in line] == [
+        "note: 2 CPU threads, 1 before: it goes on, not bit for bit"
+    ]
+
+
 def test_sigterm_counts_as_ctrl_c(learn, signalled):
     made = learn([signalled(3, signal.SIGTERM)])
     assert made.result["state"] == "stopped" and made.signum == signal.SIGTERM

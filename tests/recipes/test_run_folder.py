@@ -30,7 +30,7 @@ def test_bad_options_and_bad_data_leave_no_folder(learn, tmp_path):
 
 
 def test_resume_needs_a_run_and_the_same_one(learn, options, reviews, tmp_path):
-    with pytest.raises(SettingsError, match="no config.yaml"):
+    with pytest.raises(SettingsError, match="no config.yaml.*\n.*\n.*first seconds.*start it again with its own"):
         run.train(resume=True, out=str(tmp_path / "run"))
     # a job that is always started with --resume
     first = learn(steps=1, resume=True)

@@ -217,7 +217,7 @@ class Task(text.TextTask):
             ids, learnt = [*ids, end], [*learnt, True]
         if not any(learnt[1 : self.limit]):
             what = f"its first {self.limit} tokens hold nothing to learn" if any(learnt[1:]) else "nothing to learn"
-            fix = "Raise max_length, shorten what stands before the answer, or skip such rows with bad_rows: skip"
+            fix = "Raise max_length, or shorten what stands before the answer"
             return chat.Bad(self._column, what, fix)
         return np.asarray(ids, np.int32), np.asarray(learnt, bool), control
 

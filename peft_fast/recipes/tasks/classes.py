@@ -69,8 +69,8 @@ def weights(config: Config, names: Sequence[str], counts: Sequence[int]) -> list
     if strange := sorted(set(chosen) - set(names)):
         given, do = f"class_weights: no class {', '.join(strange)}", "name classes of the data; others weigh 1"
         fail(SettingsError, given, "classes among " + ", ".join(names), do)
-    if min(chosen.values()) < 0 or not any(chosen.get(name, 1.0) for name in names):
-        fail(SettingsError, f"class_weights: {chosen}", "weights of 0 or more, one above 0", "correct class_weights")
+    if not any(chosen.get(name, 1.0) for name in names):
+        fail(SettingsError, f"class_weights: {chosen}", "one weight above 0", "correct class_weights")
     return [float(chosen.get(name, 1.0)) for name in names]
 
 
