@@ -119,6 +119,8 @@ def variants(runs: list[dict], named: bool = True) -> str:
     for run in (r for r in runs if r["bench"] == "train_step"):
         rows = [row for row in run["rows"] if (row["settings"]["model"] in VARIANTS) == named]
         found += [{**run, "rows": rows}] * bool(rows)
+    if named and not found:
+        return NONE.format(bench="train_step").replace("train_step", f"train_step --model {','.join(VARIANTS)}", 1)
     return train_step(found)
 
 

@@ -57,12 +57,15 @@ def app(args: list[str], prog_name: str = "peft-fast predict") -> int:
         return 0
     _no_tables(given.rows, run)
     asked = [_row(text) for text in _texts(given.rows)]
-    answers = use.predict(run, asked)
+    answers = of_rows(run, asked)
     if given.output:
-        _write([_whole(row, run) | _named(answer) for row, answer in zip(asked, answers, strict=True)], given.output)
+        names = list(dict.fromkeys(name for answer in answers for name in answer or ()))
+        pairs = zip(asked, answers, strict=True)
+        _write([_whole(row, run) | _named(answer or dict.fromkeys(names)) for row, answer in pairs], given.output)
         return 0
     for answer in answers:
-        print(json.dumps(answer, ensure_ascii=False) if given.json or given.rows == ["-"] else short(answer))
+        whole = given.json or given.rows == ["-"]
+        print(json.dumps(answer, ensure_ascii=False) if whole else "no answer" if answer is None else short(answer))
     return 0
 
 
@@ -129,6 +132,19 @@ def short(answer: dict[str, Any]) -> str:
 
 
 # ---- files
+
+
+def of_rows(run: Any, asked: list[Any]) -> list[dict[str, Any] | None]:
+    """The answer to each; None to a row that is left out."""
+    from peft_fast.recipes import data, process
+
+    with process.as_it_was(run.config):
+        rows = data.rows(asked, run.task)
+        found = run.task.predict(run.model, rows)
+    if run.task.modality == "series":  # what comes after the rows, not about them
+        return found
+    answers = dict(zip(rows["row"], found, strict=True))
+    return [answers.get(number) for number in range(1, len(asked) + 1)]
 
 
 def of_file(run: Any, path: Path) -> Iterator[dict[str, Any]]:

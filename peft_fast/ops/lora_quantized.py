@@ -50,12 +50,21 @@ def lora_quantized(
     Only x, H (M, r) and the seeds are kept between forward and backward: no dense copy of W.
     Source: Dettmers et al., "QLoRA" (arXiv 2305.14314), eq. 5.
     """
-    y = product(x, W, bias, adapters, exact, backend, plan)
+    y = product(x, W, bias, adapters, exact=exact, backend=backend, plan=plan)
     prepare.count_call()
     return y
 
 
-def product(x, W, bias, adapters=(), exact=False, backend=None, plan=None) -> Tensor:
+def product(
+    x: Tensor,
+    W: Weight,
+    bias: Tensor | None = None,
+    adapters: Sequence[Adapter] = (),
+    *,
+    exact: bool = False,
+    backend: str | None = None,
+    plan: str | None = None,
+) -> Tensor:
     """lora_quantized that nobody counts."""
     dtype, autocast = prepare.computed_dtype(x)
     shape = placeholder(x, W.shape, dtype)

@@ -53,11 +53,15 @@ def problems(config: Config) -> Iterator[PeftFastError]:
     for name in sorted(set(config.columns) - set(roles)):
         given, need = f"columns: no role {name}{near(name, roles)}", f"roles of this task: {', '.join(roles)}"
         yield from _raised(fail, SettingsError, given, need, "correct columns")
+    device, precision = torch.device("cpu"), {}
     try:
-        device, precision = device_of(config), methods.dtypes(config, task.modality)[1]
+        device = device_of(config)
     except PeftFastError as error:
         yield error
-        device, precision = torch.device("cpu"), {}
+    try:
+        precision = methods.dtypes(config, task.modality)[1]
+    except PeftFastError as error:
+        yield error
     for name in config.report_to:
         yield from _raised(reporters.check, name)
     yield from _raised(optimizer.check, config)

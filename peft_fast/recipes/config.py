@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ TASKS = (
     "time-series",
 )
 METHODS = ("head", "lora", "dora", "full", "gradual")
+HINGES = {"schedule", "warmup", "unfreeze_by", "unfreeze_patience"}  # options that decide what others mean
 APART = "fields apart"  # a context of validation: the rules between fields are not asked
 SCHEDULES = ("linear", "cosine", "wsd", "constant", "inverse_sqrt")
 SECTIONS = {
@@ -202,7 +204,9 @@ class Config(BaseModel):
     )
     warmup: float = option("optimisation", 0.06, "below 1 a share of all steps, else a number of steps", ge=0)
     decay: float = option("optimisation", 0.2, "of wsd: the share of steps that decays", gt=0, le=1)
-    max_grad_norm: float = option("optimisation", 1.0, "gradients are clipped to this norm; 0: never", ge=0)
+    max_grad_norm: float = option(  # infinite: never clipped, but logged
+        "optimisation", 1.0, "gradients are clipped to this norm; 0: never", ge=0, allow_inf_nan=True
+    )
     label_smoothing: float = option(
         "optimisation", 0.0, "share of a label given to all others", LABELLED + GENERATES + ("masked-lm",), ge=0, lt=1
     )
@@ -313,8 +317,8 @@ def read(
 
     ``also`` finds what else is wrong with a config that is not refused for it alone.
     """
-    found, wrong = ({}, []) if source is None else yamls.mapping(source)
-    given, cause = found | options, None
+    found, twice = ({}, []) if source is None else yamls.mapping(source)
+    given, wrong, cause = found | options, [], None
     try:
         config = Config(**given)
     except pydantic.ValidationError as error:
@@ -323,7 +327,7 @@ def read(
         bad = {entry["loc"][0] for entry in error.errors() if entry["loc"]}
     else:
         bad = set()
-    if not wrong:
+    if not twice and not wrong:
         return config
     # what only several fields make wrong is asked of those that are fine
     fine = {"model": "-", "data": "-"} | {key: value for key, value in given.items() if key not in bad}
@@ -331,19 +335,21 @@ def read(
         fine = {key: value for key, value in fine.items() if not Config.model_fields[key].json_schema_extra["methods"]}
     if "task" in fine:
         apart = Config.model_validate(fine, context=APART)
-        wrong += [text for text in [*apart.contradictions(), *also(apart)] if text not in wrong]
+        more = (text for text in [*apart.contradictions(), *also(apart)] if text not in wrong)
+        # what is said of a default that stands for a bad option is not said
+        wrong += [text for text in more if not HINGES & bad & {*re.findall(r"\w+", text)}]
     need = f"options as `{program()} train --help` lists them"
-    fail(SettingsError, _listing(source, options, wrong), need, "mend these and start again", cause)
+    fail(SettingsError, _listing(source, options, twice, wrong), need, "mend these and start again", cause)
 
 
-def _listing(source: Any, options: Mapping[str, Any], wrong: list[str]) -> str:
+def _listing(source: Any, options: Mapping[str, Any], twice: list[str], wrong: list[str]) -> str:
     """The problems, those of a file apart from those of flags or arguments beside it."""
     if not isinstance(source, str | Path):
         return listed("the config with", wrong)
     beside = [text for text in wrong if set(text.partition(":")[0].split(", ")) & set(options)]
-    own = [text for text in wrong if text not in beside]
+    own = [*twice, *(text for text in wrong if text not in beside)]
     parts = [(f"{source} with", own), (f"options beside {source} with", beside)]
-    return "\n".join(listed(head, some) for head, some in parts if some).replace("\noptions", "\n  options")
+    return "\n  ".join(listed(head, some) for head, some in parts if some)
 
 
 def listed(head: str, wrong: list[str]) -> str:

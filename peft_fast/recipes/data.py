@@ -337,13 +337,16 @@ def _hold_out(splits: Splits, task: Task, config: Config) -> None:
     held = _held(rows, task, config)
     if not held or len(held) == len(rows):
         labels = [c.role for c in task.columns if c.holds == "label" and c.role in rows.column_names]
-        bad = any(problem.split == "train" for problem in splits.problems)
+        problems = splits.problems if config.bad_rows == "stop" else []
+        bad = any(problem.split == "train" for problem in problems)
         if wrong := [problem for role in labels if (problem := splits.no_classes(role, pending=bad))]:
-            _stop([*wrong, *splits.problems])
-        what = f"no two of {len(rows):,} rows{' of one label' if labels else ''} differ" if len(rows) > 1 else "one row"
-        few = Problem(splits.sources["train"], None, None, f"{what}: none can be held out", "Pass more rows")
+            _stop([*wrong, *problems])
+        why = "of each label there is one, or several alike" if labels else "they are alike, or belong together"
+        what = "one row: none can be held out"
+        what = f"none of {len(rows):,} rows can be held out: {why}" if len(rows) > 1 else what
+        few = Problem(splits.sources["train"], None, None, what, "Pass more rows")
         need = "rows to learn from, and others to hold out"
-        fail(DataError, listed(splits.problems or [few]), need, "mend the data, or pass a validation split")
+        fail(DataError, listed(problems if bad else [few]), need, "mend the data, or pass a validation split")
     splits.select("train", sorted(held), into="validation")
     splits.select("train", [place for place in range(len(rows)) if place not in held])
     splits.notes.append(

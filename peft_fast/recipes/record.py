@@ -105,6 +105,7 @@ class Record:
     lock: IO[str] | None = None
     lines: IO[str] | None = None
     begun: bool = False
+    threads: int = 0  # it ran by before, or does now
     fresh: bool = False  # nothing of it was there before `open`
     made: list[Path] = dataclasses.field(default_factory=list)  # folders that were not there, the innermost first
 
@@ -142,24 +143,23 @@ class Record:
             do = "leave these out (`--resume --out DIR` alone is enough), or start a run of its own with another --out"
             fail(SettingsError, "\n  ".join(["--resume with", *lines]), "the options the run began with", do)
 
-    def open(self, facts: dict[str, Any], rows: dict[str, int]) -> int:
-        """Takes the folder: config.yaml and task.json are in it from now on. Returns the threads it ran by before."""
+    def open(self, facts: dict[str, Any], rows: dict[str, int]) -> None:
+        """Takes the folder: config.yaml and task.json are in it from now on."""
         import torch
 
-        threads = torch.get_num_threads()
+        self.threads = torch.get_num_threads()
         self.made = [path for path in (self.folder, *self.folder.absolute().parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take()
         self.fresh = not self.config.resume or not there(self.folder)
-        learnt = _plain({"task": self.config.task, "facts": facts, "rows": rows, "threads": threads})
+        learnt = _plain({"task": self.config.task, "facts": facts, "rows": rows, "threads": self.threads})
         if self.config.resume:
-            threads = self._before(learnt).get("threads", threads)
+            self.threads = self._before(learnt).get("threads", self.threads)
         else:
             self._aside()
         write(self.folder / CONFIG, configs.dump(self.config.model_copy(update={"resume": False, "overwrite": False})))
         write_json(self.folder / TASK, learnt)
         self.lines = (self.folder / LOG).open("a", encoding="utf-8")
-        return threads
 
     def _take(self) -> None:
         lock = (self.folder / LOCK).open("w")
@@ -225,7 +225,7 @@ class Record:
         path = self.folder / LOG
         kept = [line for line in _lines(path) if line.get("step", 0) <= step]
         saved = {"kind": "checkpoint", "step": step}
-        if step > 0 and saved not in kept:  # killed between the checkpoint and its entry
+        if step >= 0 and saved not in kept:  # killed between the checkpoint and its entry
             kept.append(saved)
         write(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.lines = path.open("a", encoding="utf-8")

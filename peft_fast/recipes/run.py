@@ -78,8 +78,6 @@ def train(
     checkpoint and returns a Run whose result["state"] is "stopped".
     """
     need_packages()
-    import torch
-
     config = resolve(config, options)
     record = records.Record(config)
     record.look()
@@ -90,9 +88,7 @@ def train(
         began = time.time()
         try:
             prepared = prepare(config, screen.say)
-            threads = record.open(prepared.task.facts, prepared.rows)
-            if threads != (now := torch.get_num_threads()) and prepared.device.type == "cpu":
-                screen.say(f"note: {now} CPU threads, {threads} before: it goes on, not bit for bit")
+            record.open(prepared.task.facts, prepared.rows)
             with reporters.closed(config):
                 return _train(prepared, record, screen, callbacks, began)
         except Exception as error:
@@ -232,6 +228,8 @@ def forecast_of(prepared: Prepared) -> dict[str, Any]:
 
 
 def _train(prepared: Prepared, record: records.Record, screen: Any, callbacks: Sequence[Any], began: float) -> Run:
+    import torch
+
     from peft_fast.pages import run as page
     from peft_fast.recipes import checkpoints
     from peft_fast.recipes.interrupt import Stopped, Stopper
@@ -251,6 +249,8 @@ def _train(prepared: Prepared, record: records.Record, screen: Any, callbacks: S
     if found is not None:
         step = int(found.name.rpartition("-")[2])
         screen.say(f"going on at step {step:,}")
+        if prepared.device.type == "cpu" and record.threads != (now := torch.get_num_threads()):
+            screen.say(f"note: CPU threads are {now}, and were {record.threads}: it goes on, not bit for bit")
         record.back_to(step)
     elif config.resume:
         screen.say(f"no checkpoint in {folder} yet: starting from the beginning")

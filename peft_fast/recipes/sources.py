@@ -76,7 +76,7 @@ def tables(data: str | Path | dict[str, str], task: Task, say: Callable[[str], N
             except Unreadable as error:
                 problem, path = error.problem, Path(source).expanduser()
                 if problem.file.rstrip("/") == path.name:
-                    problem = dataclasses.replace(problem, file=problem.file.replace(path.name, named[path]))
+                    problem = dataclasses.replace(problem, file=named[path] + "/" * problem.file.endswith("/"))
                 wrong.append(problem)
     else:
         try:

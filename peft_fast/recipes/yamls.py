@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         lines: dict[str, list[int]] = {}
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 lines.setdefault(key.value, []).append(key.start_mark.line + 1)
         self.twice += [
             f"{key}: given {len(at)} times, in line{'s' * (len({*at}) > 1)} {', '.join(map(str, dict.fromkeys(at)))}"

@@ -29,6 +29,21 @@ def test_standard_input(finished, monkeypatch, capsys):
     assert found == ["positive", "negative"]
 
 
+def test_lines_without_an_answer_keep_their_place(finished, monkeypatch, capsys, tmp_path):
+    lines, out = 'a lovely film\n{"text": ""}\nthe dull end\n', tmp_path / "out.jsonl"
+    for more in ([], ["--output", str(out)]):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        assert predict.app([str(finished), "-", "--skip-bad-rows", *more]) == 0
+    first, second, third = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (first["label"], second, third["label"]) == ("positive", None, "negative")
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["text"], row["predicted_label"]) for row in found] == [
+        ("a lovely film", "positive"), ("", None), ("the dull end", "negative"),
+    ]  # fmt: skip
+    assert predict.app([str(finished), "a lovely film", '{"text": ""}', "--skip-bad-rows"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "no answer"
+
+
 @pytest.fixture
 def rows(tmp_path):
     path = tmp_path / "rows.csv"

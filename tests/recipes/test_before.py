@@ -1,68 +1,99 @@
-"""Judged before training: every task, also where judging means writing, so that the beginning may be the best."""
-
-import json
+"""What a config has wrong comes in one list, whichever stage of a run would find it, before anything is read."""
 
 import pytest
-import torch
 
-from peft_fast.recipes import config as configs
-from peft_fast.recipes import run, tasks
-from peft_fast.recipes.process import device_of
-from peft_fast.recipes.trainer import RecipeTrainer, arguments
-from tests.recipes.runs import course, same
+from peft_fast.errors import DeviceError, SettingsError
+from peft_fast.recipes import before, config, optimizer, run
 
-WRITING = ("translation", "summarization")
-
-
-@pytest.mark.parametrize("name", configs.TASKS)
-def test_every_task_is_judged_before_training_and_not_again_when_it_goes_on(name, tmp_path):
-    config = configs.read(task=name, model="m", data="d", device="cpu")
-    task = tasks.get(name)(config)
-    made = [arguments(config, task, tmp_path, 8, device_of(config), resuming, {}) for resuming in (False, True)]
-    assert [one.eval_on_start for one in made] == [True, False]
-
-
-@pytest.fixture
-def written(tmp_path, monkeypatch):
-    """written(task, **more) -> a Run of two steps whose metric needs what the model writes."""
-    monkeypatch.setattr(run, "forecast_of", lambda prepared: {})  # half of the time
-    lines = [json.dumps({"source": f"the number {i}", "target": f"le nombre {i}"}) for i in range(24)]
-
-    def train(name, callbacks=(), **more):
-        for split, part in (("train", lines[:16]), ("validation", lines[16:])):
-            (tmp_path / f"{split}.jsonl").write_text("\n".join(part))
-        given = dict(task=name, model="example:tiny-t5", data=str(tmp_path), method="full", learning_rate=1e-3, steps=2)
-        given |= dict(max_new_tokens=3, batch_size=8, device="cpu", out=str(tmp_path / "run"), log_every=1)
-        given |= dict(columns={"source": "source", "target": "target"})
-        return run.train(given | more, callbacks=callbacks, say=lambda line: None)
-
-    return train
+LEAST = {"task": "sequence-classification", "model": "/nowhere/m", "data": "/nowhere/d.csv", "device": "cpu"}
+# by stage: metric, methods, columns, dtype, reporters, optimizer, training arguments
+LATER = {
+    "method": "head",
+    "layer_decay": 0.9,
+    "schedule": "cosine",
+    "decay": 0.3,
+    "metric": "accurac",
+    "columns": {"txt": "a", "lable": "b"},
+    "dtype": "fp16",
+    "report_to": ["wandbb", "tensorbord"],
+    "optimizer": "adamm",
+    "training_arguments": {"adam_beta9": 1, "torch_empty_cache_steps": -1},
+}
+TOLD = (
+    "metric: accurac; one of accuracy, ",
+    "layer_decay: nothing below the head trains",
+    "decay: schedule cosine has no such part",
+    "columns: no role lable; label is one",
+    "columns: no role txt; text is one",
+    "dtype: fp16 on a CPU",
+    "report_to: wandbb; wandb is one",
+    "report_to: tensorbord; tensorboard is one",
+    "optimizer: adamm; adamw_torch is one",
+    "training_arguments: adam_beta9; adam_beta2 is one",
+    "training_arguments: `torch_empty_cache_steps` must be an integer",
+)
 
 
-@pytest.mark.parametrize("name", WRITING)
-def test_what_it_writes_before_training_is_judged_and_kept_if_nothing_is_better(written, monkeypatch, name, tmp_path):
-    inner, metric = RecipeTrainer.evaluate, f"eval_{tasks.get(name).metric}"
-
-    def evaluate(self, *args, **kwargs):
-        found = inner(self, *args, **kwargs)
-        assert metric in found  # it was asked to write
-        return found | {metric: 50.0 - self.state.global_step}
-
-    monkeypatch.setattr(RecipeTrainer, "evaluate", evaluate)
-    made = written(name)
-    assert [entry["step"] for entry in made.result["evaluations"]] == [0, 2]
-    assert made.result["best"] == {"step": 0, "value": 50.0}
-    begun = run.prepare(run.resolve(made.trainer.config, {})).model.state_dict()
-    ended = made.model.state_dict()
-    assert all(torch.equal(value, ended[key]) for key, value in begun.items())
-    report = (tmp_path / "run" / "report.html").read_text()
-    assert "No evaluation was better than the one before training: the weights that the run began with" in report
+def wrong(given) -> str:
+    with pytest.raises(SettingsError) as caught:
+        run.train(given)
+    return str(caught.value)
 
 
-def test_a_run_that_writes_goes_on_without_judging_the_beginning_again(written, signalled, tmp_path):
-    whole = written("translation", evaluate_every=2, steps=4)
-    cut = written("translation", [signalled(1)], evaluate_every=2, steps=4, overwrite=True)
-    assert [entry["step"] for entry in cut.result["evaluations"]] == [0] and cut.result["state"] == "stopped"
-    went_on = run.train(resume=True, out=str(tmp_path / "run"), say=lambda line: None)
-    assert went_on.result["resumed_at"] == [1] and same(whole, went_on) and course(whole) == course(went_on)
-    assert [entry["step"] for entry in went_on.result["evaluations"]] == [0, 2, 4]
+def test_all_stages_at_once(tmp_path):
+    told = wrong(LEAST | LATER | {"out": tmp_path / "run"})
+    assert f"with {len(TOLD)} problems:" in told and not (tmp_path / "run").exists()
+    for part in TOLD:
+        assert f"\n  {part}" in told, part
+
+
+def test_all_stages_beside_what_the_table_refuses(tmp_path):
+    """Its own values, its rules between options, keys that stand twice in the file, flags."""
+    path = tmp_path / "a.yaml"
+    more = {"epochs": float("inf"), "class_weights": {"fraud": -3.0}, "evaluate_every": 0, "wight_decay": 1}
+    text = config.yaml.safe_dump(LEAST | LATER | more)
+    path.write_text(text + "seed: 1\nseed: 2\n")
+    with pytest.raises(SettingsError) as caught:
+        run.train(path, lr=1)
+    told = str(caught.value)
+    assert f"with {len(TOLD) + 5} problems:" in told and f"beside {path} with 1 problem:\n  lr: no such" in told
+    extra = ("epochs: inf; ", "class_weights: {'fraud': -3.0}; ", "evaluate_every: 0; ", "wight_decay: no such option")
+    for part in (*TOLD, *extra, "seed: given 2 times"):
+        assert f"\n  {part}" in told, part
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"schedule": "wsdd", "decay": 0.3},
+        {"method": "gradual", "unfreeze_by": "plateu", "unfreeze_patience": 2},
+        {"schedule": "wsd", "warmup": "x", "decay": 0.97},
+    ],
+    ids=lambda bad: list(bad)[-1],
+)
+def test_a_bad_option_makes_no_other_one_wrong(bad):
+    assert "with 1 problem:" in wrong(LEAST | bad)
+
+
+def test_one_alone_is_the_error_it_would_be():
+    with pytest.raises(DeviceError, match="fp16 on a CPU"):
+        before.check(config.read(LEAST | {"dtype": "fp16"}))
+    told = wrong(LEAST | {"optimizer": "adamm"})
+    assert told.startswith("given: optimizer: adamm; adamw_torch is one\n") and len(told) < 200
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [("adam", "adamw_torch"), ("AdamW", "adamw_torch"), ("adamw_tor", "adamw_torch"), ("lyon", "lion_"), ("xyz", "")],
+)
+def test_an_optimizer_that_is_none(given, meant):
+    with pytest.raises(SettingsError, match=rf"optimizer: {given}(; {meant}\w* is one)?\n") as caught:
+        optimizer.check(config.read(LEAST | {"optimizer": given}))
+    assert (f"; {meant}" in str(caught.value)) == bool(meant)
+
+
+def test_every_optimizer_is_taken():
+    from transformers.training_args import OptimizerNames
+
+    for kind in OptimizerNames:
+        optimizer.check(config.read(LEAST | {"optimizer": kind.value}))

@@ -160,15 +160,22 @@ def test_bad_rows_stand_before_what_follows_of_them(tmp_path, validation):
 
 @pytest.mark.parametrize(
     "rows, told",
-    [([("a", "x"), ("b", "y")], "no two of 2 rows of one label differ"), ([("a", "x"), ("A", "x")], "'x', in 2 rows")],
+    [
+        ([("a", "x"), ("b", "y")], "none of 2 rows can be held out: of each label there is one"),
+        ([("a", "x"), ("A", "x")], "'x', in 2 rows"),
+    ],
 )
 def test_too_few_to_hold_out(tmp_path, rows, told):
     assert told in refused(write(tmp_path, train=rows))
     texts = [(text,) for text in ("a", "a")]
     path = write_csv(tmp_path / "d.csv", texts, head=("text",))
-    assert "given: d.csv: no two of 2 rows differ: none can be held out" in refused(path, TEXT, task="masked-lm")
+    assert "given: d.csv: none of 2 rows can be held out: they are alike" in refused(path, TEXT, task="masked-lm")
     path = write_csv(tmp_path / "d.csv", texts[:1], head=("text",))
     assert "given: d.csv: one row: none can be held out" in refused(path, TEXT, task="masked-lm")
+    test = write_csv(tmp_path / "test.csv", [("b",), ("",)], head=("text",))  # a bad row elsewhere is not the reason
+    for rule in ("stop", "skip"):
+        told = refused({"train": str(path), "test": str(test)}, TEXT, task="masked-lm", bad_rows=rule)
+        assert "given: d.csv: one row: none can be held out" in told
 
 
 def test_classes_that_look_alike_are_said(tmp_path):

@@ -71,13 +71,21 @@ def test_the_rules(more, told):
     assert told in wrong({**LEAST, **more})
 
 
+NUMBERS = [name for name, field in Config.model_fields.items() if "float" in str(field.annotation)]
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-@pytest.mark.parametrize("name", [n for n, field in Config.model_fields.items() if "float" in str(field.annotation)])
+@pytest.mark.parametrize("name", [name for name in NUMBERS if name != "max_grad_norm"])
 def test_numbers_are_finite(name, value):
     """Of every option that takes a number."""
     given = {"a": value} if name == "class_weights" else value
     told = wrong({**LEAST, name: given})
     assert f"{name}: {value}; input should be a finite number" in told and "with 1 problem:" in told
+
+
+def test_a_norm_that_is_logged_and_never_clipped():
+    assert config.read(LEAST, max_grad_norm=float("inf")).max_grad_norm == float("inf")
+    assert "max_grad_norm: nan; " in wrong(LEAST, max_grad_norm=float("nan"))
 
 
 def test_a_method_that_is_none_makes_no_other_option_wrong():
@@ -104,8 +112,12 @@ def test_a_key_that_stands_twice_is_said_with_its_lines(tmp_path):
         assert part in told, told
     path.write_text(text + "columns: {text: a, text: b}\n")
     assert "text: given 2 times, in line 4" in wrong(path)
-    path.write_text(text + "search: {r: &a {low: 1, high: 2}, alpha: {<<: *a, high: 3}}\n")
+    path.write_text(
+        text + "search: {r: &a {low: 1, high: 2}, alpha: {<<: *a, high: 3}, lora_dropout: {<<: *a, <<: *a}}\n"
+    )
     assert config.read(path).search["alpha"] == {"low": 1, "high": 3}
+    path.write_text(text + "seed: 1\nseed: 2\n")  # a flag of its name is not what is wrong
+    assert f"given: {path} with 1 problem:\n  seed: given 2 times, in lines 4, 5\n" in wrong(path, seed=3)
 
 
 def test_what_is_wrong_in_the_file_and_what_beside_it(tmp_path):

@@ -217,18 +217,6 @@ def test_the_command_goes_on_where_it_was_killed(name, command, ended, tmp_path)
     assert left(folder) == expected
 
 
-def test_a_checkpoint_that_was_not_written_down_yet(command, ended, tmp_path):
-    """Killed between the checkpoint and the log's entry of it."""
-    name, folder = "gradual", tmp_path / "same"
-    log = folder / "log.jsonl"
-    assert in_child(lambda: main(command(name, folder)), until=lambda: steps_in(folder) >= 6) == signal.SIGKILL
-    lines = log.read_text().splitlines(keepends=True)
-    last = max(i for i, line in enumerate(lines) if '"checkpoint"' in line)
-    log.write_text("".join(lines[:last]))
-    assert in_child(lambda: main(command(name, folder))) == 0
-    assert left(folder) == ended(name)
-
-
 # ---- any moment
 
 

@@ -102,7 +102,7 @@ def test_another_number_of_threads_is_said_when_a_run_goes_on(learn, signalled, 
     went_on = run.train(resume=True, out=str(tmp_path / "run"), threads=2, say=said.append)
     assert went_on.result["machine"]["threads"] == 2
     assert [line for line in said if "threads" in line] == [
-        "note: 2 CPU threads, 1 before: it goes on, not bit for bit"
+        "note: CPU threads are 2, and were 1: it goes on, not bit for bit"
     ]
 
 

@@ -189,6 +189,24 @@ def test_a_file_that_cannot_be_flushed_hides_no_error(learn, monkeypatch):
         learn(steps=1)
 
 
+@pytest.mark.parametrize("step", [-1, 0, 4, 8])
+def test_the_log_goes_back_to_a_checkpoint_that_was_not_written_down(tmp_path, step):
+    """Killed between a checkpoint and the log's entry of it, or in the middle of a line."""
+    entries = [{"kind": "train", "step": n} for n in (1, 2)]
+    entries += [{"kind": "checkpoint", "step": 4}, {"kind": "train", "step": 8}]
+    first = [{"kind": "evaluation", "step": 0}]
+    (tmp_path / record.LOG).write_text("".join(json.dumps(entry) + "\n" for entry in first + entries) + '{"kind": "tr')
+    config = run.resolve({"task": "masked-lm", "model": "m", "data": "d", "out": tmp_path}, {})
+    log = record.Record(config)
+    log.back_to(step)
+    log.log({"kind": "train", "step": 9})
+    log.close()
+    found = [json.loads(line) for line in (tmp_path / record.LOG).read_text().splitlines()]
+    kept = [entry for entry in first + entries if entry["step"] <= step]
+    added = [{"kind": "checkpoint", "step": step}] if step in (0, 8) else []
+    assert found == [*kept, *added, {"kind": "train", "step": 9}]
+
+
 def test_a_plan_writes_nothing(options, tmp_path):
     plan = run.plan(options)
     assert not (tmp_path / "run").exists()

@@ -15,7 +15,7 @@ from peft_fast.backends.triton.lora_linear import MOST_ADAPTERS, takes_tf32
 
 
 def run_forward(x, W, bias, A, B, routing, spec):
-    """What the operator does, on real or meta tensors."""
+    """As torch/lora_experts.run_forward, on real or meta tensors."""
     x, tf32, tiles = dense_rows(x), takes_tf32(x), tuning.load(x.device.index or 0)
     low = _low(x, spec)
     sources = _sources(routing, spec)
