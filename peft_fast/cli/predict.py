@@ -136,11 +136,9 @@ def short(answer: dict[str, Any]) -> str:
 
 def of_rows(run: Any, asked: list[Any]) -> list[dict[str, Any] | None]:
     """The answer to each; None to a row that is left out."""
-    from peft_fast.recipes import data, process
+    from peft_fast.recipes import use
 
-    with process.as_it_was(run.config):
-        rows = data.rows(asked, run.task)
-        found = run.task.predict(run.model, rows)
+    rows, found = use.answered(run, asked)
     if run.task.modality == "series":  # what comes after the rows, not about them
         return found
     answers = dict(zip(rows["row"], found, strict=True))
@@ -149,16 +147,14 @@ def of_rows(run: Any, asked: list[Any]) -> list[dict[str, Any] | None]:
 
 def of_file(run: Any, path: Path) -> Iterator[dict[str, Any]]:
     """Every row of a file with all its columns and, after them, the answer; a row without an answer has None."""
-    from peft_fast.recipes import data, files, process
+    from peft_fast.recipes import files, use
 
     path = path.expanduser()
     try:
         table = files.read(path)
     except files.Unreadable as error:
         fail(DataError, str(error), "a file of rows", "correct it, or pass another --input", error)
-    with process.as_it_was(run.config):
-        rows = data.rows(str(path), run.task)
-        found = run.task.predict(run.model, rows)
+    rows, found = use.answered(run, str(path))
     if run.task.modality == "series":  # what comes after the rows, not about them
         yield from _ahead(found)
         return

@@ -11,9 +11,9 @@ from pathlib import Path
 from peft_fast.errors import DataError, fail
 from peft_fast.recipes import columns, sources, tasks
 from peft_fast.recipes.config import Config
-from peft_fast.recipes.data import listed
 from peft_fast.recipes.examples.text import rated
 from peft_fast.recipes.files import Table, Unreadable
+from peft_fast.recipes.splits import listed
 from peft_fast.recipes.tasks import Column, Problem
 
 MOST_CLASSES = 100

@@ -9,8 +9,8 @@ from typing import Any
 from peft_fast.errors import DataError, fail
 from peft_fast.recipes import columns, media
 from peft_fast.recipes.config import Config
-from peft_fast.recipes.data import MEND, SKIP, Splits, inputs, keys, listed
-from peft_fast.recipes.splits import SOME, classes_of, each
+from peft_fast.recipes.data import MEND, SKIP, inputs, keys
+from peft_fast.recipes.splits import SOME, Splits, classes_of, each, listed
 from peft_fast.recipes.tasks import Problem, Task
 
 REMOVE = "Remove it from one of them"

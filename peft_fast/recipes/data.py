@@ -22,7 +22,7 @@ from peft_fast.recipes import columns, examples, forms, media, sources
 from peft_fast.recipes.config import Config
 from peft_fast.recipes.files import Table, Unreadable
 from peft_fast.recipes.media import audio_seconds, load_audio, load_image
-from peft_fast.recipes.splits import Splits
+from peft_fast.recipes.splits import Splits, listed
 from peft_fast.recipes.tasks import Column, Problem, Task
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ __all__ = ["Splits", "audio_seconds", "load_audio", "load_image", "read", "rows"
 SKIP = "mend them, or leave such rows out with bad_rows: skip (--bad-rows skip)"
 SKIP_USED = "mend them, or leave such rows out with --skip-bad-rows (bad_rows='skip' in Python)"  # eval and predict
 MEND = "mend the data, then start again"
-LISTED = 20
 
 
 # the options that rows depend on, but for series: those read by what they are for
@@ -257,22 +256,6 @@ def _feature(holds: str, cells: list[Any]) -> Any:
 
 def _stop(problems: Sequence[Problem], do: str = MEND) -> None:
     fail(DataError, listed(problems), "rows that can all be used", do)
-
-
-def listed(problems: Sequence[Problem]) -> str:
-    """The first problems, a line each, and how many there are of which kind."""
-    problems = sorted(problems, key=lambda problem: (problem.row is not None, problem.file, problem.row or 0))
-    unique = list(dict.fromkeys(map(str, problems)))
-    if len(unique) == 1:
-        return unique[0]
-    lines = [f"{len(unique):,} problems:", *unique[:LISTED]]
-    if len(unique) > LISTED:
-        kinds: dict[str, int] = {}
-        for problem in problems[LISTED:]:
-            kind = f"{problem.file}: {problem.kind}"
-            kinds[kind] = kinds.get(kind, 0) + 1
-        lines += [f"and {count:,} more in {kind}" for kind, count in kinds.items()]
-    return "\n  ".join(lines)
 
 
 def _hidden(splits: Splits, task: Task) -> None:

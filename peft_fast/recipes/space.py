@@ -65,8 +65,8 @@ def read(config: Config) -> Space:
     for name, part in space.items():
         wrong += _values(config, name, part, space)
     if wrong:
-        listed = "\n  ".join([f"search with {len(wrong)} problem{'s' * (len(wrong) > 1)}:", *wrong])
-        fail(SettingsError, listed, f"option: {NEEDED}", "mend these in `search:` and start again")
+        given = configs.listed("search with", wrong)
+        fail(SettingsError, given, f"option: {NEEDED}", "mend these in `search:` and start again")
     return space
 
 

@@ -13,6 +13,7 @@ from peft_fast.recipes.tasks import Problem
 if TYPE_CHECKING:
     from datasets import Dataset
 
+LISTED = 20
 SOME = 20  # classes from which on "as many as rows" is a mistake
 
 
@@ -23,6 +24,22 @@ def classes_of(cells: Iterable[Any]) -> Counter:
 
 def each(cell: Any) -> Iterable[str]:
     return cell if isinstance(cell, list) else [cell] if cell is not None else []
+
+
+def listed(problems: Sequence[Problem]) -> str:
+    """The first problems, a line each, and how many there are of which kind."""
+    problems = sorted(problems, key=lambda problem: (problem.row is not None, problem.file, problem.row or 0))
+    unique = list(dict.fromkeys(map(str, problems)))
+    if len(unique) == 1:
+        return unique[0]
+    lines = [f"{len(unique):,} problems:", *unique[:LISTED]]
+    if len(unique) > LISTED:
+        kinds: dict[str, int] = {}
+        for problem in problems[LISTED:]:
+            kind = f"{problem.file}: {problem.kind}"
+            kinds[kind] = kinds.get(kind, 0) + 1
+        lines += [f"and {count:,} more in {kind}" for kind, count in kinds.items()]
+    return "\n  ".join(lines)
 
 
 class Splits(dict):

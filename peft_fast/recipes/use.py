@@ -180,6 +180,7 @@ def evaluate(folder: str | Path | Loaded, data: Any = None, split: str | None = 
 def _rows(run: Loaded, given: Any, split: str | None) -> tuple[Any, str, str | None]:
     """(rows, what they are called, their split) to judge by; the run's own are divided and drawn as in training."""
     from peft_fast.recipes import data, result
+    from peft_fast.recipes.splits import listed
 
     if given is not None and split is None:
         return data.rows(given, run.task, need_truth=True), result.name_of(str(given)), None
@@ -189,7 +190,7 @@ def _rows(run: Loaded, given: Any, split: str | None) -> tuple[Any, str, str | N
     if wanted not in splits:
         fail(DataError, f"--split {wanted}", "one of " + ", ".join(splits), "pass one of these")
     if splits.problems and config.bad_rows == "stop":
-        fail(DataError, data.listed(splits.problems), "rows that can all be used", data.SKIP_USED)
+        fail(DataError, listed(splits.problems), "rows that can all be used", data.SKIP_USED)
     return splits[wanted], f"{splits.sources[wanted]} ({wanted})", wanted
 
 
@@ -198,11 +199,16 @@ def _rows(run: Loaded, given: Any, split: str | None) -> tuple[Any, str, str | N
 
 def predict(folder: str | Path | Loaded, rows: Any, **options: Any) -> list[dict[str, Any]]:
     """An answer a row: ``rows`` are texts (paths of images, of recordings), mappings of columns, or a file."""
+    return answered(folder if isinstance(folder, Loaded) else load(folder, **options), rows)[1]
+
+
+def answered(run: Loaded, source: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """(the rows that can be answered, their answers); of a series those are what comes after the rows."""
     from peft_fast.recipes import data
 
-    run = folder if isinstance(folder, Loaded) else load(folder, **options)
     with process.as_it_was(run.config):
-        return run.task.predict(run.model, data.rows(rows, run.task))
+        rows = data.rows(source, run.task)
+        return rows, run.task.predict(run.model, rows)
 
 
 # ---- merged

@@ -6,6 +6,7 @@ import pytest
 
 from peft_fast.errors import DataError
 from peft_fast.recipes import checks, data
+from peft_fast.recipes.splits import LISTED
 from peft_fast.recipes.tasks import Column, Problem
 
 from .reading import ROWS, TEXT, picture, task, write_csv, write_jsonl
@@ -99,7 +100,7 @@ def test_what_is_done_already_is_not_advised(tmp_path, train):
 def test_only_the_first_problems_are_listed_and_all_are_counted(tmp_path):
     rows = [("", "good")] * 100 + [(f"text {i}", "") for i in range(30)]
     message = refused(write(tmp_path, train=[*ROWS, *rows], validation=HELD))
-    assert "given: 130 problems:" in message and message.count("train.csv, row") == data.LISTED
+    assert "given: 130 problems:" in message and message.count("train.csv, row") == LISTED
     assert "and 80 more in train.csv: text, empty" in message and "and 30 more in train.csv: label, empty" in message
 
 
