@@ -8,8 +8,6 @@ namespace {
 
 thread_local uint8_t tile_registers[8][16][64];
 
-inline void emulated_tile_loadconfig(const void*) {}
-inline void emulated_tile_storeconfig(void*) {}
 inline void emulated_tile_zero(int t) { std::memset(tile_registers[t], 0, sizeof tile_registers[t]); }
 inline void emulated_tile_loadd(int t, const void* base, int64_t stride) {
   for (int i = 0; i < 16; ++i) std::memcpy(tile_registers[t][i], (const char*)base + i * stride, 64);
@@ -36,14 +34,10 @@ inline void emulated_tile_dpbf16ps(int c, int a, int b) {
 }  // namespace peft_fast
 
 // the compiler's own names are macros in one build type and functions in another
-#undef _tile_loadconfig
-#undef _tile_storeconfig
 #undef _tile_zero
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
-#define _tile_loadconfig emulated_tile_loadconfig
-#define _tile_storeconfig emulated_tile_storeconfig
 #define _tile_zero emulated_tile_zero
 #define _tile_loadd emulated_tile_loadd
 #define _tile_stored emulated_tile_stored

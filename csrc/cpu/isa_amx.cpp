@@ -17,15 +17,30 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// every tile register as 16 rows of 64 bytes. oneDNN keeps a configuration of its own on the same thread and may
-// believe that it still holds: it is put back
-void enter(void* saved) {
-  _tile_storeconfig(saved);
+#if defined(PEFT_FAST_EMULATE_AMX)
+void load_config(const TileConfig*) {}
+void store_config(TileConfig*) {}
+#else
+// GCC's _tile_loadconfig says that it reads 8 bytes of the 64: a configuration's other stores
+// may then be dropped as dead, and the first tile instruction is an illegal one. These say all 64
+void load_config(const TileConfig* config) { __asm__ volatile("ldtilecfg %0" ::"m"(*config)); }
+void store_config(TileConfig* config) { __asm__ volatile("sttilecfg %0" : "=m"(*config)); }
+#endif
+
+// every tile register as 16 rows of 64 bytes
+constexpr TileConfig whole_tiles() {
   TileConfig config;
   for (int i = 0; i < 8; ++i) config.bytes_per_row[i] = 64, config.rows[i] = 16;
-  _tile_loadconfig(&config);
+  return config;
 }
-void leave(const void* saved) { _tile_loadconfig(saved); }
+alignas(64) const TileConfig configured = whole_tiles();
+
+// oneDNN keeps a configuration of its own on the same thread and may believe that it still holds: it is put back
+void enter(void* saved) {
+  store_config((TileConfig*)saved);
+  load_config(&configured);
+}
+void leave(const void* saved) { load_config((const TileConfig*)saved); }
 
 // c (32, width) = or += Σ a (32, k) · b (k, width); b as [k/32][width/16][16][16][2]; a is read past row m, into padding
 void tile_amx(const Segment* segment, int count, float* c, int64_t ldc, int m, int width, bool add) {
