@@ -4,7 +4,7 @@
 |---|---|---|---|
 | PEFT_FAST_BACKEND | backend | auto | auto, reference, torch, cpu, triton or cuda |
 | PEFT_FAST_ISA | isa | auto | auto, portable, avx2, avx512, avx512_bf16 or amx: the most a CPU kernel may use |
-| PEFT_FAST_PACK_MB | pack_mb | -1 | memory for prepacked frozen weights; 0 = never, -1 = what pays on the ISA |
+| PEFT_FAST_PACK_MB | pack_mb | 0 | MiB for frozen weights kept in the order the CPU tiles read them; 0 = never |
 | PEFT_FAST_EXACT | exact | 0 | 1: adapters of a patched model are computed in their own dtype, as PEFT does |
 | PEFT_FAST_MIN_TOKENS | min_tokens | 128 | patched layers take a call from this many tokens on; fewer go to PEFT |
 | PEFT_FAST_GROUPS | groups | 1 | 0: layers that read one x, as q, k and v do, run one by one |
@@ -35,7 +35,7 @@ class Settings:
 
     backend: str = "auto"
     isa: str = "auto"
-    pack_mb: int = -1
+    pack_mb: int = 0
     exact: bool = False
     min_tokens: int = 128
     groups: bool = True
@@ -48,13 +48,9 @@ class Settings:
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, BACKENDS)
         _one_of("isa", self.isa, ISAS)
-        if self.pack_mb < -1:
-            fail(
-                SettingsError,
-                f"pack_mb={self.pack_mb}",
-                "-1 (automatic), 0 (never) or a number of MiB",
-                "unset PEFT_FAST_PACK_MB",
-            )
+        if self.pack_mb < 0:
+            given, need = f"pack_mb={self.pack_mb}", "0 (never) or a number of MiB"
+            fail(SettingsError, given, need, "unset PEFT_FAST_PACK_MB")
         if self.min_tokens < 0:
             given, need = f"min_tokens={self.min_tokens}", "0 (every call) or a number of tokens"
             fail(SettingsError, given, need, "unset PEFT_FAST_MIN_TOKENS")

@@ -200,6 +200,30 @@ inline void pair_rows(const uint16_t* in, int64_t row, int64_t pairs, uint32_t* 
 }
 #endif
 
+#if defined(__AVX512BW__)
+// 32 columns of `pairs` pairs of bfloat16 rows as two tiles of 16 pairs each, elements without their bit zero (bits
+// null = keep all); 16 pairs from one tile to the next
+inline void pair_tiles(const uint16_t* in, int64_t row, int64_t pairs, const uint8_t* bits, int64_t mask_row,
+                       uint32_t* out) {
+  alignas(64) uint16_t low[32], high[32];
+  for (int i = 0; i < 32; ++i) low[i] = uint16_t(i / 2 + i % 2 * 32), high[i] = uint16_t(low[i] + 16);
+  const __m512i first = _mm512_load_si512(low), second = _mm512_load_si512(high);
+  __mmask32 a_bits = ~__mmask32(0), b_bits = a_bits;
+  for (; pairs > 0; --pairs, in += 2 * row, out += 16) {
+    prefetch_next(in + 32, 64);
+    prefetch_next(in + row + 32, 64);
+    if (bits) {
+      std::memcpy(&a_bits, bits, 4);
+      std::memcpy(&b_bits, bits + mask_row, 4);
+      bits += 2 * mask_row;
+    }
+    const __m512i a = _mm512_maskz_loadu_epi16(a_bits, in), b = _mm512_maskz_loadu_epi16(b_bits, in + row);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, first, b));
+    _mm512_storeu_si512(out + 256, _mm512_permutex2var_epi16(a, second, b));
+  }
+}
+#endif
+
 constexpr int PANEL_K = 256;  // rows of a B operand staged at a time
 
 // panel layout: float32 [k][width]; bfloat16 [k/2][width][2], or with TILES [k/32][width/16][16][16][2]
@@ -214,6 +238,15 @@ void panel(const Source& s, int64_t k0, int64_t k, int64_t j0, int64_t n, int wi
   const bool plain = s.bf16 == (PAIR == 2) && s.col == 1 && !s.round;
   for (int64_t kk = 0; kk < k; kk += depth) {
     const int64_t kn = std::min(depth, k - kk);
+#if defined(__AVX512BW__)
+    if constexpr (TILES)
+      if (plain && n == 32 && kn % 2 == 0) {
+        const int64_t i = k0 + kk;
+        pair_tiles((const uint16_t*)s.data + i * s.row + j0, s.row, kn / 2,
+                   s.mask ? s.mask + i * s.mask_row + j0 / 8 : nullptr, s.mask_row, (uint32_t*)((To*)out + kk * width));
+        continue;
+      }
+#endif
     for (int64_t g = 0; g < n; g += group) {
       const int64_t gn = std::min<int64_t>(group, n - g);
       uint32_t* to = (uint32_t*)((To*)out + kk * width + (TILES ? g * 32 : 0));

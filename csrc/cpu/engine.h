@@ -122,6 +122,12 @@ struct Engine {
   // around the tiles of one task: what the processor's tile state needs, 64 bytes keep the caller's; null = nothing
   void (*enter)(void* saved) = nullptr;
   void (*leave)(const void* saved) = nullptr;
+  // what fits the caches: of k in a tile's call, so that a panel stays in the first level for all rows of a block; bytes
+  // of a row of A in one pass over K, so that a panel stays in the second; bytes of A that a task works on, which stay
+  // there too
+  int64_t depth = INT64_MAX / 2;
+  int64_t pass = 4096;
+  int64_t block = 256 << 10;
 
   int64_t element() const { return half ? 2 : 4; }
   int64_t padded(int64_t k) const { return (k + kpad - 1) / kpad * kpad; }

@@ -14,8 +14,6 @@ constexpr int64_t CHUNK_PANELS = 16;       // and that many panels at the least:
 constexpr int64_t WHOLE_PANELS = 4;        // of those that an epilogue must find whole
 constexpr int64_t WHOLE = INT64_MAX / 2;
 constexpr int64_t LAYER_ROWS = 4096;       // whose accumulators wait between layers at a time
-constexpr int64_t BLOCK_BYTES = 256 << 10; // of A a task works on: stays in the second-level cache
-constexpr int64_t K_BYTES = 4096;          // of one row per pass over K: a panel stays in the second-level cache
 
 // pack_panels of a matrix in codes: decoded a strip at a time, which is packed while it is in the first-level cache
 void decode_panels(const Engine& e, int64_t r0, int64_t K, int64_t N, const Source& b, int64_t p0, int64_t p1,
@@ -127,7 +125,7 @@ class Plan {
     // strips begin at whole bytes of a mask
     auto wide = [&](int64_t k) { return round_up(e.padded(k), 8); };
     for (const Left& left : p.lefts) depth += wide(left.k);
-    const int64_t count = std::max<int64_t>(1, ceil_div(depth * size, K_BYTES));
+    const int64_t count = std::max<int64_t>(1, ceil_div(depth * size, e.pass));
     const int64_t step = std::max<int64_t>(e.kpad, round_up(ceil_div(depth, count), std::max(e.kpad, 8)));
     passes.resize(std::max<int64_t>(1, ceil_div(depth, step)));
     int64_t at = 0;
@@ -204,13 +202,37 @@ class Plan {
   // what a task needs of scratch for blocks of mc rows × `panels`
   struct Work {
     char *a, *low_a;
-    float *z, *one;  // a low-rank product before its mask, c of a tile that takes one pass
+    float *z, *one;  // a low-rank product before its mask, c of the tiles of a panel that takes one pass
     float* c;        // those that take several, c_row floats a row
     int64_t c_row;
   };
   int64_t a_bytes(int64_t mc) const { return round_up(mc * row * e.element(), 64); }
   int64_t low_bytes(int64_t mc) const { return round_up(mc * low_row * e.element(), 64); }
+  int64_t one_bytes(int64_t mc) const { return std::max<int64_t>(64 * 64, row > e.depth ? mc * e.nr : 0) * 4; }
   int64_t c_bytes(int64_t mc, int64_t panels) const { return passes.size() > 1 ? mc * panels * e.nr * 4 : 0; }
+
+  // a tile (m, n) whose product is whole: its low-rank terms that are masked, or the epilogue's, and its way out
+  void finish(const Columns& c, int64_t p, std::vector<Segment>& apart, const char* panel, const Work& w, float* to,
+              int64_t ldc, int m, int n, int width, int64_t i0) const {
+    const int64_t size = e.element(), j0 = p * e.nr;
+    auto product_of = [&](Segment& s) {
+      e.tile(&s, 1, w.z, e.nr, m, width, false);
+      s.a = (const char*)s.a + e.mr * s.lda * size;
+    };
+    if (c.last) {
+      product_of(apart[0]);
+      const char* right = (const char*)c.rights[0].packed;
+      right = right ? right + p * e.padded(product.lefts[0].k) * e.nr * size : panel;
+      return c.last->tile(to, ldc, w.z, e.nr, m, n, width, i0, j0, right);
+    }
+    size_t next = 0;
+    for (const LowRank& l : c.low) {
+      if (!l.mask.mask) continue;
+      product_of(apart[next++]);
+      e.add_masked(to, ldc, w.z, e.nr, m, n, l.mask, i0, j0, l.mask_scale);
+    }
+    e.finish(to, ldc, m, n, i0, j0, c.y);
+  }
 
   // rows [i0, i0 + m) of panels [q0, q1); a_ready: w.a holds the left operands already
   void run(const Layer& layer, const Chunk& chunk, const char* data, int64_t i0, int64_t m, int64_t q0, int64_t q1,
@@ -224,7 +246,7 @@ class Plan {
         at += e.padded(l.k);
       }
     });
-    std::vector<Segment> segments, masked;
+    std::vector<Segment> segments, apart;
     for (size_t pass = layer.begin; pass < layer.end; ++pass) {
       if (!a_ready)
         for (const Strip& s : passes[pass])
@@ -239,50 +261,42 @@ class Plan {
           const int n = int(std::min<int64_t>(e.nr, c.N - j0)), width = e.width(n);
           const char* panel = data + cut.data + (p - cut.p0) * part.bytes;
           segments.clear();
-          masked.clear();
+          apart.clear();
           for (const Strip& s : passes[pass]) {
             const Right& right = c.rights[s.left];
             if (!right.b.data) continue;
             const int64_t whole = e.padded(product.lefts[s.left].k) * e.nr * size;
             const char* b = right.packed ? (const char*)right.packed + p * whole + s.k0 * width * size
                                          : panel + packed.at[s.left] + (s.k0 - packed.k0[s.left]) * width * size;
-            segments.push_back({e.padded(s.k), w.a + s.at * size, row, b});
+            const int64_t k = e.padded(s.k);
+            for (int64_t d = 0; d < k; d += e.depth)
+              segments.push_back({std::min(e.depth, k - d), w.a + (s.at + d) * size, row, b + d * width * size});
           }
           if (pass == part.last) {
             const char *a = w.low_a + part.low_a * size, *b = panel + packed.low_b;
             for (const LowRank& l : c.low) {
               const int64_t k = e.padded(l.k);
-              (l.mask.mask || c.last ? masked : segments).push_back({k, a, low_row, b});
+              (l.mask.mask || c.last ? apart : segments).push_back({k, a, low_row, b});
               a += k * size;
               b += k * e.nr * size;
             }
           }
           const bool split = part.first < part.last;
-          float* to = split ? w.c + (cut.q0 + p - cut.p0 - q0) * e.nr : w.one;
-          const int64_t ldc = split ? w.c_row : e.nr;
-          for (int64_t i = 0; i < m; i += e.mr, to += split ? e.mr * ldc : 0) {
-            const int mi = int(std::min<int64_t>(e.mr, m - i));
-            e.tile(segments.data(), int(segments.size()), to, ldc, mi, width, pass > part.first);
-            for (Segment& s : segments) s.a = (const char*)s.a + e.mr * s.lda * size;
-            if (pass < part.last) continue;
-            size_t next = 0;
-            if (c.last) {
-              Segment& s = masked[0];
-              e.tile(&s, 1, w.z, e.nr, mi, width, false);
-              s.a = (const char*)s.a + e.mr * s.lda * size;
-              const char* right = (const char*)c.rights[0].packed;
-              right = right ? right + p * e.padded(product.lefts[0].k) * e.nr * size : panel + packed.at[0];
-              c.last->tile(to, ldc, w.z, e.nr, mi, n, width, i0 + i, j0, right);
-              continue;
+          // the last of them, with which a tile is finished, takes the low-rank terms too
+          for (size_t begin = 0, end = 0; begin == 0 || begin < segments.size(); begin = end) {
+            for (int64_t k = 0; end < segments.size() && (end == begin || k + segments[end].k <= e.depth + e.kpad);)
+              k += segments[end++].k;
+            const bool start = pass == part.first && begin == 0, last = pass == part.last && end == segments.size();
+            const int64_t ldc = split ? w.c_row : e.nr, step = split || !start || !last ? e.mr * ldc : 0;
+            float* to = split ? w.c + (cut.q0 + p - cut.p0 - q0) * e.nr : w.one;
+            for (int64_t i = 0; i < m; i += e.mr, to += step) {
+              const int mi = int(std::min<int64_t>(e.mr, m - i));
+              e.tile(segments.data() + begin, int(end - begin), to, ldc, mi, width, !start);
+              for (size_t s = begin; s < end; ++s)
+                segments[s].a = (const char*)segments[s].a + e.mr * segments[s].lda * size;
+              if (last) finish(c, p, apart, panel + packed.at[0], w, to, ldc, mi, n, width, i0 + i);
             }
-            for (const LowRank& l : c.low) {
-              if (!l.mask.mask) continue;
-              Segment& s = masked[next++];
-              e.tile(&s, 1, w.z, e.nr, mi, width, false);
-              s.a = (const char*)s.a + e.mr * s.lda * size;
-              e.add_masked(to, ldc, w.z, e.nr, mi, n, l.mask, i0 + i, j0, l.mask_scale);
-            }
-            e.finish(to, ldc, mi, n, i0 + i, j0, c.y);
+            if (end == 0) break;
           }
         }
       });
@@ -350,7 +364,7 @@ void gemm(const Engine& e, int64_t M, const Product& main, const Product* before
   const int64_t threads = torch::stable::get_num_threads();
   // rows at a time: all, but accumulators that wait between layers must not grow with M
   const int64_t span = plan.in_layers() ? std::min(M, LAYER_ROWS) : M;
-  int64_t mc = std::max<int64_t>(e.mr, BLOCK_BYTES / (plan.row * e.element()) / e.mr * e.mr);
+  int64_t mc = std::max<int64_t>(e.mr, e.block / (plan.row * e.element()) / e.mr * e.mr);
   // blocks differ by one tile at the most, and every thread gets as many of them
   const int64_t most_tiles = ceil_div(span, e.mr);
   const int64_t most_blocks = std::min(round_up(ceil_div(span, mc), threads), most_tiles);
@@ -387,11 +401,12 @@ void gemm(const Engine& e, int64_t M, const Product& main, const Product* before
     const int64_t cuts = std::min(chunk.panels, share), per_cut = ceil_div(chunk.panels, cuts);
     torch::stable::parallel_for(0, blocks * cuts, 1, [&](int64_t t0, int64_t t1) {
       const int64_t a = std::max(plan.a_bytes(mc), first.a_bytes(mc)), low = plan.low_bytes(mc), z = 64 * 64 * 4;
+      const int64_t one = std::max(plan.one_bytes(mc), first.one_bytes(mc));
       const int64_t c = plan.in_layers() ? 0 : plan.c_bytes(mc, per_cut);
-      Scratch own(a + low + 2 * z + std::max(c, first.c_bytes(mc, also)));
+      Scratch own(a + low + z + one + std::max(c, first.c_bytes(mc, also)));
       char* at = own.data();
       float* z_at = (float*)(at + a + low);
-      Plan::Work w{at, at + a, z_at, z_at + 64 * 64, z_at + 2 * 64 * 64, 0};
+      Plan::Work w{at, at + a, z_at, z_at + 64 * 64, z_at + 64 * 64 + one / 4, 0};
       const Session session(e);
       for (int64_t t = t0; t < t1; ++t) {
         const int64_t block = t / cuts, i = block * tiles / blocks * e.mr;

@@ -42,7 +42,8 @@ void enter(void* saved) {
 }
 void leave(const void* saved) { load_config((const TileConfig*)saved); }
 
-// c (32, width) = or += Σ a (32, k) · b (k, width); b as [k/32][width/16][16][16][2]; a is read past row m, into padding
+// c (32, width) = or += Σ a (32, k) · b (k, width); b as [k/32][width/16][16][16][2]; a is read past row m, into padding.
+// The rows of a go by once for each panel, which is to stay in the first-level cache: they say so (stream)
 void tile_amx(const Segment* segment, int count, float* c, int64_t ldc, int m, int width, bool add) {
   const bool low = m > 16, right = width > 16;
   const int64_t c_bytes = ldc * 4;
@@ -64,14 +65,14 @@ void tile_amx(const Segment* segment, int count, float* c, int64_t ldc, int m, i
     const int64_t a_bytes = segment->lda * 2;
     for (int64_t p = 0; p < segment->k; p += 32, b += 32 * width) {
       _tile_loadd(6, b, 64);
-      _tile_loadd(4, a + p, a_bytes);
+      _tile_stream_loadd(4, a + p, a_bytes);
       _tile_dpbf16ps(0, 4, 6);
       if (right) {
         _tile_loadd(7, b + 512, 64);
         _tile_dpbf16ps(1, 4, 7);
       }
       if (low) {
-        _tile_loadd(5, a_low + p, a_bytes);
+        _tile_stream_loadd(5, a_low + p, a_bytes);
         _tile_dpbf16ps(2, 5, 6);
         if (right) _tile_dpbf16ps(3, 5, 7);
       }
@@ -89,7 +90,7 @@ static constexpr Engine f32 = engine_of<F32Step<16>, 16, 12>("amx");
 static constexpr Engine bf16 = {
     "amx", true, 32, 32, 32, 16, rows<uint16_t, 32>, panel<uint16_t, 32, true>, tile_amx, add_masked, finish, mask_row,
     activate<16, false>, activate<16, true>, add_row<16>,
-    dots_with<16, true>(), sums<16>, &column_ops<16>, decode<16>, enter, leave};
+    dots_with<16, true>(), sums<16>, &column_ops<16>, decode<16>, enter, leave, 512, 8192, 1 << 20};
 IsaEngines amx_engines() { return {&f32, &bf16}; }
 }  // namespace peft_fast
 #else

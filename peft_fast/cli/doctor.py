@@ -168,7 +168,7 @@ def settings_rows() -> list[dict]:
     rows = []
     for name, value in dataclasses.asdict(settings.get()).items():
         variable = "PEFT_FAST_CACHE" if name == "cache_dir" else f"PEFT_FAST_{name.upper()}"
-        text = {None: "not set", -1: "automatic"}.get(value, str(value))
+        text = "not set" if value is None else str(value)
         rows.append({"name": name, "value": text, "variable": variable, "changed": value != default[name]})
     return rows
 
