@@ -43,9 +43,16 @@ struct Isa {
   IsaEngines engines;
 };
 
+std::vector<float> integers(int n, int step, int period) {
+  std::vector<float> all(n);
+  for (int i = 0; i < n; ++i) all[i] = float(i * step % period - period / 2);
+  return all;
+}
+
 // the same for the products of few tokens with a weight as it lies in memory
-bool reads_rows(const Engine& e, const std::vector<float>& a, const std::vector<float>& b) {
-  constexpr int M = 7, N = 37, K = 70, LD = 96;
+bool reads_rows(const Engine& e) {
+  constexpr int M = 7, N = 37, K = 150, LD = 160;
+  const std::vector<float> a = integers(M * K, 7, 5), b = integers(K * N, 3, 7);
   std::vector<char> x(M * LD * 4), w(N * K * 4);
   std::vector<float> c(M * 256), wide(M * LD);
   const Source sa{a.data(), false, K, 1}, sb{b.data(), false, 1, N};  // b (K, N) as (N, K)
@@ -71,9 +78,8 @@ bool reads_rows(const Engine& e, const std::vector<float>& a, const std::vector<
 // a product of small integers is exact in every engine: one that differs has no business computing
 bool works(const Engine& e) {
   constexpr int M = 19, N = 37, K = 70;
-  std::vector<float> a(M * K), b(K * N), c((M + 64) * 64 + 64);
-  for (int i = 0; i < M * K; ++i) a[i] = float(i * 7 % 5 - 2);
-  for (int i = 0; i < K * N; ++i) b[i] = float(i * 3 % 7 - 3);
+  const std::vector<float> a = integers(M * K, 7, 5), b = integers(K * N, 3, 7);
+  std::vector<float> c((M + 64) * 64 + 64);
   const int64_t kp = e.padded(K);
   std::vector<char> pa(64 * kp * e.element()), pb(64 * kp * e.element());
   const Source sa{a.data(), false, K, 1}, sb{b.data(), false, N, 1};
@@ -97,7 +103,7 @@ bool works(const Engine& e) {
     }
   }
   if (e.leave) e.leave(saved);
-  return good && reads_rows(e, a, b);
+  return good && reads_rows(e);
 }
 
 std::vector<Isa> live_isas() {

@@ -84,13 +84,87 @@ void tile_amx(const Segment* segment, int count, float* c, int64_t ldc, int m, i
   if (low && right) _tile_stored(3, c + 16 * ldc + 16, c_bytes);
 }
 
+// c (m, n) = or += x (m, k)·wᵀ, as dots: w's rows lie as the left operand's tiles want them, so that only x is packed,
+// and the tiles are those of cᵀ. What is no whole tile of w, and few tokens, which wait for w alone, go the vectors' way
+void dots_tiles(const void* w_, bool bf16, int64_t row, int64_t n, const void* x_, int64_t ldx, int64_t k, int64_t m,
+                float* c, int64_t ldc, bool add) {
+  constexpr int64_t LEAST = 5, DEPTH = 4096;
+  constexpr Dots by_vectors = dots_with<16, true>();
+  const auto *w = (const uint16_t*)w_, *x = (const uint16_t*)x_;
+  const int64_t whole_n = n / 16 * 16, whole_k = k / 32 * 32;
+  if (m < LEAST || whole_n == 0 || whole_k < 128) return by_vectors(w, bf16, row, n, x, ldx, k, m, c, ldc, add);
+  alignas(64) static thread_local uint32_t panel[2][DEPTH / 2 * 16];
+  alignas(64) float turned[32 * 32], line[16 * 16];
+  alignas(64) char saved[64];
+  enter(saved);
+  for (int64_t t = 0; t < m; t += 32)
+    for (int64_t k0 = 0; k0 < whole_k; k0 += DEPTH) {
+      const int64_t depth = std::min(DEPTH, whole_k - k0), tokens = std::min<int64_t>(32, m - t);
+      for (int64_t g = 0; g * 16 < tokens; ++g)
+        for (int64_t p = 0; p < depth; p += 32) {
+          uint32_t* to = panel[g] + p / 2 * 16;
+          const auto* from = (const uint32_t*)(x + (t + 16 * g) * ldx + k0 + p);
+          if (t + 16 * g + 16 <= m) {
+            transpose(from, ldx / 2, 16, 16, to, 16);
+            continue;
+          }
+          uint32_t part[16 * 16] = {};
+          for (int64_t i = 0; t + 16 * g + i < m; ++i) std::memcpy(part + 16 * i, from + i * (ldx / 2), 64);
+          transpose(part, 16, 16, 16, to, 16);
+        }
+      __asm__ volatile("" ::: "memory");  // GCC does not know that tiles are read from memory
+      for (int64_t i = 0; i < whole_n; i += 32) {
+        const bool low = i + 16 < whole_n, right = tokens > 16;
+        const auto* at = w + i * row + k0;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t p = 0; p < depth; p += 32) {
+          _tile_loadd(6, panel[0] + p / 2 * 16, 64);
+          _tile_stream_loadd(4, at + p, row * 2);
+          _tile_dpbf16ps(0, 4, 6);
+          if (right) {
+            _tile_loadd(7, panel[1] + p / 2 * 16, 64);
+            _tile_dpbf16ps(1, 4, 7);
+          }
+          if (low) {
+            _tile_stream_loadd(5, at + 16 * row + p, row * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            if (right) _tile_dpbf16ps(3, 5, 7);
+          }
+        }
+        _tile_stored(0, turned, 128);
+        _tile_stored(1, turned + 16, 128);
+        _tile_stored(2, turned + 16 * 32, 128);
+        _tile_stored(3, turned + 16 * 32 + 16, 128);
+        for (int64_t g = 0; g * 16 < tokens; ++g)
+          for (int64_t b = 0; b <= low; ++b) {
+            transpose((const uint32_t*)turned + b * 16 * 32 + g * 16, 32, 16, 16, (uint32_t*)line, 16);
+            for (int64_t j = 0; j < std::min<int64_t>(16, tokens - 16 * g); ++j) {
+              float* to = c + (t + 16 * g + j) * ldc + i + 16 * b;
+              const auto sum = Lanes<16>::load(line + 16 * j);
+              Lanes<16>::store(to, add || k0 ? Lanes<16>::load(to) + sum : sum);
+            }
+          }
+      }
+    }
+  leave(saved);
+  if (whole_k < k) by_vectors(w + whole_k, bf16, row, whole_n, x + whole_k, ldx, k - whole_k, m, c, ldc, true);
+  if (whole_n < n) by_vectors(w + whole_n * row, bf16, row, n - whole_n, x, ldx, k, m, c + whole_n, ldc, add);
+}
+
 }  // namespace
 
-static constexpr Engine f32 = engine_of<F32Step<16>, 16, 12>("amx");
+static constexpr Engine f32 = [] {
+  Engine e = engine_of<F32Step<16>, 16, 12>("amx");
+  e.block = 1 << 20;
+  return e;
+}();
 static constexpr Engine bf16 = {
     "amx", true, 32, 32, 32, 16, rows<uint16_t, 32>, panel<uint16_t, 32, true>, tile_amx, add_masked, finish, mask_row,
     activate<16, false>, activate<16, true>, add_row<16>,
-    dots_with<16, true>(), sums<16>, &column_ops<16>, decode<16>, enter, leave, 512, 8192, 1 << 20};
+    dots_tiles, sums<16>, &column_ops<16>, decode<16>, enter, leave, 512, 8192, 1 << 20};
 IsaEngines amx_engines() { return {&f32, &bf16}; }
 }  // namespace peft_fast
 #else

@@ -24,7 +24,12 @@ struct F32Step {
   static constexpr int64_t chain = 256;
   using vec = typename Vector<float, V>::type;
   static vec load_b(const float* b) { return *(const vec*)b; }
-  static vec broadcast(const float* a) { return vec{} + *a; }
+  // an integer sum with zero is no sum; a float one is made, and would take as much of the multipliers as the product
+  static vec broadcast(const float* a) {
+    uint32_t bits;
+    std::memcpy(&bits, a, 4);
+    return (vec)(typename Vector<uint32_t, V>::type{} + bits);
+  }
   static void step(vec& acc, vec a, vec b) { acc += a * b; }
 };
 

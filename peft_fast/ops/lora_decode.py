@@ -16,7 +16,10 @@ from peft_fast.ops.spec import Adapter
 
 MOST = 32  # tokens from which on a product with packed operands is as fast
 # and where more were measured, by instruction set and dtype
-MORE = {"avx512_bf16": {torch.float32: 127, torch.bfloat16: 96}}
+MORE = {
+    "avx512_bf16": {torch.float32: 127, torch.bfloat16: 96},
+    "amx": {torch.float32: 64, torch.bfloat16: 64},
+}
 # and fewer, in bfloat16: of a W (K, N), which is summed in float32, or of adapters that are as wide as a layer
 TURNED, WIDE = 8, (128, 16)
 

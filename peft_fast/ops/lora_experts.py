@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peft_fast import dispatch
+from peft_fast import dispatch, native
 from peft_fast.backends import modules
 from peft_fast.errors import ShapeError, fail
 from peft_fast.ops import prepare
@@ -21,6 +21,7 @@ from peft_fast.reference import lora_experts as reference
 
 backends = modules("lora_experts")
 FEW = 16  # rows of an expert from which on a product with packed operands is as fast
+MORE = {"amx": 64}  # and where more were measured, by instruction set
 
 
 def route_experts(experts: Tensor, count: int) -> Routing:
@@ -74,7 +75,7 @@ def lora_experts(
     if name == "reference" or (W.requires_grad and torch.is_grad_enabled()):
         y = _define(x, W, bias, adapters, routing, tokens, transposed)
     elif name == "cpu" and not _differentiable(x, bias, adapters):
-        y = backends[name].infer(x, W, bias, adapters, routing, tokens, transposed, FEW)
+        y = backends[name].infer(x, W, bias, adapters, routing, tokens, transposed, few())
     else:
         As = [a.A.reshape(W.shape[0], -1, x.shape[1]) for a in adapters]
         if len(As) > 1:
@@ -88,6 +89,11 @@ def lora_experts(
         y = LoraExperts.apply(x, W, bias, A, B, *routing[:3], spec, routing.k)
     prepare.count_call()
     return y
+
+
+def few() -> int:
+    """Rows of an expert up to which the compiled kernel reads W as it lies, where nothing wants a gradient."""
+    return MORE.get(native.isa(), FEW)
 
 
 def _differentiable(x, bias, adapters):

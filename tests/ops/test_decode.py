@@ -75,6 +75,27 @@ def tensors(M=3, K=70, N=50, dtype=torch.bfloat16, r=4, grad=False):
     return x.to(dtype), W.to(dtype), [Adapter(A.requires_grad_(grad), B.requires_grad_(grad), 0.5)]
 
 
+# tokens beside whole tiles of 16 and 32, columns beside them, k beside 32 and beyond the 4096 that are packed at a time
+SIZES = [(1, 16, 128), (5, 16, 128), (6, 33, 130), (16, 300, 127), (17, 47, 161), (32, 64, 4128), (33, 31, 4099),
+         (64, 15, 128), (70, 290, 200), (7, 40, 8300)]  # fmt: skip
+
+
+@cpu_only
+@pytest.mark.parametrize("provider", ISAS, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
+def test_sums_of_integers_are_exact(provider, size):
+    """Float32 sums of these have no rounding: one element of W or x that is missed or taken twice shows."""
+    M, N, K = size
+    torch.manual_seed(0)
+    wide = torch.randint(-3, 4, (N, K + 8)).bfloat16()
+    x = torch.randint(-3, 4, (M, K)).bfloat16()
+    wide[:, K:] = torch.nan  # what lies behind a row of W is not W's
+    W = wide[:, :K]
+    with provider.active():
+        y = torch.ops.peft_fast.lora_decode(x, W, None, [], [], [], [], False)
+    assert torch.equal(y, (x.double() @ W.double().T).bfloat16())
+
+
 @cpu_only
 @pytest.mark.parametrize("transposed", [False, True])
 def test_threads_make_no_difference(transposed):
@@ -168,4 +189,6 @@ def test_how_many_tokens_it_is_for(monkeypatch):
     monkeypatch.setattr(native, "isa", lambda: "avx512_bf16")
     assert (most(torch.float32), most(torch.bfloat16), most(torch.float16)) == (127, 96, MOST)
     monkeypatch.setattr(native, "isa", lambda: "amx")
+    assert (most(torch.float32), most(torch.bfloat16), most(torch.float16)) == (64, 64, MOST)
+    monkeypatch.setattr(native, "isa", lambda: "avx512")
     assert most(torch.float32) == most(torch.bfloat16) == MOST
