@@ -87,7 +87,10 @@ def _sizes() -> list[Case]:
     wide = [Case("wider_than_a_tile", lead=(261,), K=515, N=389, ranks=(17,), bias=True, p=(0.1,))]
     # K in several passes, W in several chunks, and ranks that share tiles while tokens come in several blocks
     large = [
-        Case("k_in_passes", lead=(37,), K=2500, N=72, ranks=(4,), p=(0.1,)),
+        Case("k_in_passes", lead=(37,), K=4500, N=72, ranks=(4,), p=(0.1,)),
+        Case("k_in_stretches", lead=(300,), K=1100, N=70, ranks=(64,)),
+        Case("rank_256_many_rows", lead=(530,), K=384, N=70, ranks=(256,)),
+        Case("ranks_many_rows", lead=(530,), K=70, N=384, ranks=(64, 64, 130), p=(0.0,) * 3, scaling=(1.0, 0.5, 2.0)),
         Case("w_in_chunks", lead=(14,), K=1030, N=2090, ranks=(48,), bias=True),
         *[Case(f"rank_{r}_many_tokens", lead=(530,), K=40, N=70, ranks=(r,)) for r in (33, 48, 80)],
         Case("ranks_many_tokens", lead=(530,), K=70, N=40, ranks=(16, 32), p=(0.0, 0.0), scaling=(0.5, 3.0)),

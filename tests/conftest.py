@@ -11,6 +11,9 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# oneDNN 3.12's products by AMX read behind rows whose length is no multiple of 32: with them, torch alone lets a NaN
+# spread from one row to the one before. Ours by AMX are tested all the same, and beside those in tests/ops/test_amx.py
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 import pytest
 import torch

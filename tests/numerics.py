@@ -259,11 +259,7 @@ def stock(problem: Problem, round_adapters: bool = False) -> Tensors:
         tensors = {
             n: t.detach().to(low).requires_grad_() if kinds[n].kind == "adapter" else t for n, t in tensors.items()
         }
-    # of dense copies: oneDNN's products by AMX read an element behind each row of odd length, where NaN stands in tests
-    dense, gs = ({n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in all_.items()}
-                 for all_ in (tensors, problem.gs))  # fmt: skip
-    tensors = {n: dense[n].requires_grad_(t.requires_grad) for n, t in tensors.items()}
-    return problem.run(lambda t: problem.case.stock(t, problem.masks), tensors, gs)
+    return problem.run(lambda t: problem.case.stock(t, problem.masks), tensors)
 
 
 def truth(problem: Problem, round_adapters: bool = False) -> Tensors:

@@ -198,9 +198,7 @@ inline void pair_rows(const uint16_t* in, int64_t row, int64_t pairs, uint32_t* 
     }
   }
 }
-#endif
 
-#if defined(__AVX512BW__)
 // 32 columns of `pairs` pairs of bfloat16 rows as two tiles of 16 pairs each, elements without their bit zero (bits
 // null = keep all); 16 pairs from one tile to the next
 inline void pair_tiles(const uint16_t* in, int64_t row, int64_t pairs, const uint8_t* bits, int64_t mask_row,

@@ -122,9 +122,8 @@ struct Engine {
   // around the tiles of one task: what the processor's tile state needs, 64 bytes keep the caller's; null = nothing
   void (*enter)(void* saved) = nullptr;
   void (*leave)(const void* saved) = nullptr;
-  // what fits the caches: of k in a tile's call, so that a panel stays in the first level for all rows of a block; bytes
-  // of a row of A in one pass over K, so that a panel stays in the second; bytes of A that a task works on, which stay
-  // there too
+  // what fits the caches: k of a tile's call, so that a panel stays in the first level for all rows of a block; bytes of
+  // a row of A in one pass over K, so that a panel stays in the second; bytes of A that a task works on, which stay there
   int64_t depth = INT64_MAX / 2;
   int64_t pass = 4096;
   int64_t block = 256 << 10;

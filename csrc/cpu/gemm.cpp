@@ -212,8 +212,8 @@ class Plan {
   int64_t c_bytes(int64_t mc, int64_t panels) const { return passes.size() > 1 ? mc * panels * e.nr * 4 : 0; }
 
   // a tile (m, n) whose product is whole: its low-rank terms that are masked, or the epilogue's, and its way out
-  void finish(const Columns& c, int64_t p, std::vector<Segment>& apart, const char* panel, const Work& w, float* to,
-              int64_t ldc, int m, int n, int width, int64_t i0) const {
+  void finish(const Columns& c, int64_t p, std::vector<Segment>& apart, const char* panel, const Packed& packed,
+              const Work& w, float* to, int64_t ldc, int m, int n, int width, int64_t i0) const {
     const int64_t size = e.element(), j0 = p * e.nr;
     auto product_of = [&](Segment& s) {
       e.tile(&s, 1, w.z, e.nr, m, width, false);
@@ -222,7 +222,7 @@ class Plan {
     if (c.last) {
       product_of(apart[0]);
       const char* right = (const char*)c.rights[0].packed;
-      right = right ? right + p * e.padded(product.lefts[0].k) * e.nr * size : panel;
+      right = right ? right + p * e.padded(product.lefts[0].k) * e.nr * size : panel + packed.at[0];
       return c.last->tile(to, ldc, w.z, e.nr, m, n, width, i0, j0, right);
     }
     size_t next = 0;
@@ -272,6 +272,7 @@ class Plan {
             for (int64_t d = 0; d < k; d += e.depth)
               segments.push_back({std::min(e.depth, k - d), w.a + (s.at + d) * size, row, b + d * width * size});
           }
+          const size_t deep = segments.size();
           if (pass == part.last) {
             const char *a = w.low_a + part.low_a * size, *b = panel + packed.low_b;
             for (const LowRank& l : c.low) {
@@ -282,10 +283,11 @@ class Plan {
             }
           }
           const bool split = part.first < part.last;
-          // the last of them, with which a tile is finished, takes the low-rank terms too
+          // a stretch of k at a time; with the last goes all that is low-rank, so that a row of A no longer than a
+          // stretch takes one, as one_bytes() has it
           for (size_t begin = 0, end = 0; begin == 0 || begin < segments.size(); begin = end) {
-            for (int64_t k = 0; end < segments.size() && (end == begin || k + segments[end].k <= e.depth + e.kpad);)
-              k += segments[end++].k;
+            for (int64_t k = 0; end < deep && (end == begin || k + segments[end].k <= e.depth);) k += segments[end++].k;
+            if (end == deep) end = segments.size();
             const bool start = pass == part.first && begin == 0, last = pass == part.last && end == segments.size();
             const int64_t ldc = split ? w.c_row : e.nr, step = split || !start || !last ? e.mr * ldc : 0;
             float* to = split ? w.c + (cut.q0 + p - cut.p0 - q0) * e.nr : w.one;
@@ -294,7 +296,7 @@ class Plan {
               e.tile(segments.data() + begin, int(end - begin), to, ldc, mi, width, !start);
               for (size_t s = begin; s < end; ++s)
                 segments[s].a = (const char*)segments[s].a + e.mr * segments[s].lda * size;
-              if (last) finish(c, p, apart, panel + packed.at[0], w, to, ldc, mi, n, width, i0 + i);
+              if (last) finish(c, p, apart, panel, packed, w, to, ldc, mi, n, width, i0 + i);
             }
             if (end == 0) break;
           }

@@ -21,8 +21,8 @@ struct alignas(64) TileConfig {
 void load_config(const TileConfig*) {}
 void store_config(TileConfig*) {}
 #else
-// GCC's _tile_loadconfig says that it reads 8 bytes of the 64: a configuration's other stores
-// may then be dropped as dead, and the first tile instruction is an illegal one. These say all 64
+// GCC's _tile_loadconfig says that it reads 8 bytes of the 64: stores to the others may then be dropped as dead, and
+// the first tile instruction is an illegal one. These say all 64
 void load_config(const TileConfig* config) { __asm__ volatile("ldtilecfg %0" ::"m"(*config)); }
 void store_config(TileConfig* config) { __asm__ volatile("sttilecfg %0" : "=m"(*config)); }
 #endif
@@ -33,7 +33,7 @@ constexpr TileConfig whole_tiles() {
   for (int i = 0; i < 8; ++i) config.bytes_per_row[i] = 64, config.rows[i] = 16;
   return config;
 }
-alignas(64) const TileConfig configured = whole_tiles();
+alignas(64) constexpr TileConfig configured = whole_tiles();
 
 // oneDNN keeps a configuration of its own on the same thread and may believe that it still holds: it is put back
 void enter(void* saved) {
@@ -42,8 +42,8 @@ void enter(void* saved) {
 }
 void leave(const void* saved) { load_config((const TileConfig*)saved); }
 
-// c (32, width) = or += Σ a (32, k) · b (k, width); b as [k/32][width/16][16][16][2]; a is read past row m, into padding.
-// The rows of a go by once for each panel, which is to stay in the first-level cache: they say so (stream)
+// c (32, width) = or += Σ a (32, k) · b (k, width); b as [k/32][width/16][16][16][2]; a is read past row m, into
+// padding. Its rows go by once for each panel, which is to stay in the first-level cache: they say so (stream)
 void tile_amx(const Segment* segment, int count, float* c, int64_t ldc, int m, int width, bool add) {
   const bool low = m > 16, right = width > 16;
   const int64_t c_bytes = ldc * 4;
@@ -84,16 +84,16 @@ void tile_amx(const Segment* segment, int count, float* c, int64_t ldc, int m, i
   if (low && right) _tile_stored(3, c + 16 * ldc + 16, c_bytes);
 }
 
-// c (m, n) = or += x (m, k)·wᵀ, as dots: w's rows lie as the left operand's tiles want them, so that only x is packed,
-// and the tiles are those of cᵀ. What is no whole tile of w, and few tokens, which wait for w alone, go the vectors' way
+// c (m, n) = or += x (m, k)·wᵀ, as dots: w's rows lie as a left operand's tiles want them, so that only x is packed, and
+// the tiles are those of cᵀ. What is no whole tile of w, and few tokens, which wait for w alone, go the vectors' way
 void dots_tiles(const void* w_, bool bf16, int64_t row, int64_t n, const void* x_, int64_t ldx, int64_t k, int64_t m,
                 float* c, int64_t ldc, bool add) {
-  constexpr int64_t LEAST = 5, DEPTH = 4096;
+  constexpr int64_t LEAST = 5, DEPTH = 1024;
   constexpr Dots by_vectors = dots_with<16, true>();
   const auto *w = (const uint16_t*)w_, *x = (const uint16_t*)x_;
   const int64_t whole_n = n / 16 * 16, whole_k = k / 32 * 32;
   if (m < LEAST || whole_n == 0 || whole_k < 128) return by_vectors(w, bf16, row, n, x, ldx, k, m, c, ldc, add);
-  alignas(64) static thread_local uint32_t panel[2][DEPTH / 2 * 16];
+  alignas(64) static thread_local uint32_t pairs[2][DEPTH / 2 * 16];
   alignas(64) float turned[32 * 32], line[16 * 16];
   alignas(64) char saved[64];
   enter(saved);
@@ -102,7 +102,7 @@ void dots_tiles(const void* w_, bool bf16, int64_t row, int64_t n, const void* x
       const int64_t depth = std::min(DEPTH, whole_k - k0), tokens = std::min<int64_t>(32, m - t);
       for (int64_t g = 0; g * 16 < tokens; ++g)
         for (int64_t p = 0; p < depth; p += 32) {
-          uint32_t* to = panel[g] + p / 2 * 16;
+          uint32_t* to = pairs[g] + p / 2 * 16;
           const auto* from = (const uint32_t*)(x + (t + 16 * g) * ldx + k0 + p);
           if (t + 16 * g + 16 <= m) {
             transpose(from, ldx / 2, 16, 16, to, 16);
@@ -121,11 +121,11 @@ void dots_tiles(const void* w_, bool bf16, int64_t row, int64_t n, const void* x
         _tile_zero(2);
         _tile_zero(3);
         for (int64_t p = 0; p < depth; p += 32) {
-          _tile_loadd(6, panel[0] + p / 2 * 16, 64);
+          _tile_loadd(6, pairs[0] + p / 2 * 16, 64);
           _tile_stream_loadd(4, at + p, row * 2);
           _tile_dpbf16ps(0, 4, 6);
           if (right) {
-            _tile_loadd(7, panel[1] + p / 2 * 16, 64);
+            _tile_loadd(7, pairs[1] + p / 2 * 16, 64);
             _tile_dpbf16ps(1, 4, 7);
           }
           if (low) {

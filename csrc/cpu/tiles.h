@@ -24,7 +24,7 @@ struct F32Step {
   static constexpr int64_t chain = 256;
   using vec = typename Vector<float, V>::type;
   static vec load_b(const float* b) { return *(const vec*)b; }
-  // an integer sum with zero is no sum; a float one is made, and would take as much of the multipliers as the product
+  // by integers: x + 0 is no x where x is -0, so that the addition would be made, in the units that multiply
   static vec broadcast(const float* a) {
     uint32_t bits;
     std::memcpy(&bits, a, 4);

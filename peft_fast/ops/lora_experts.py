@@ -21,7 +21,7 @@ from peft_fast.reference import lora_experts as reference
 
 backends = modules("lora_experts")
 FEW = 16  # rows of an expert from which on a product with packed operands is as fast
-MORE = {"amx": 64}  # and where more were measured, by instruction set
+MORE = {"amx": 64}  # and where more were measured, by instruction set, of W (E, N, K)
 
 
 def route_experts(experts: Tensor, count: int) -> Routing:
@@ -75,7 +75,7 @@ def lora_experts(
     if name == "reference" or (W.requires_grad and torch.is_grad_enabled()):
         y = _define(x, W, bias, adapters, routing, tokens, transposed)
     elif name == "cpu" and not _differentiable(x, bias, adapters):
-        y = backends[name].infer(x, W, bias, adapters, routing, tokens, transposed, few())
+        y = backends[name].infer(x, W, bias, adapters, routing, tokens, transposed, few(transposed))
     else:
         As = [a.A.reshape(W.shape[0], -1, x.shape[1]) for a in adapters]
         if len(As) > 1:
@@ -91,9 +91,9 @@ def lora_experts(
     return y
 
 
-def few() -> int:
+def few(transposed: bool) -> int:
     """Rows of an expert up to which the compiled kernel reads W as it lies, where nothing wants a gradient."""
-    return MORE.get(native.isa(), FEW)
+    return FEW if transposed else MORE.get(native.isa(), FEW)
 
 
 def _differentiable(x, bias, adapters):

@@ -27,7 +27,7 @@ def test_five_steps_are_stocks(architecture):
     with structure.unchanged(ours):
         peft_fast.accelerate(ours)
     got = training.train(ours, data)
-    training.assert_rounding(got, expected, truth)
+    training.assert_rounding(architecture, steps, got, expected, truth)
     structure.assert_found(architecture, ours)
     operations = structure.operations(architecture, ours, calls)
     assert got.operations == operations
@@ -56,7 +56,7 @@ def test_the_layers_that_peft_chooses(name):
     truth = training.exact(stock, data)
     expected = training.train(stock, data)
     peft_fast.accelerate(ours)
-    training.assert_rounding(training.train(ours, data), expected, truth)
+    training.assert_rounding(architecture, 3, training.train(ours, data), expected, truth)
     report = peft_fast.report(ours)
     assert set(report.fast) == set(structure.lora_layers(ours))
     found = {" ".join(sorted(layer.rpartition(".")[2] for layer in group)) for group in report.groups}

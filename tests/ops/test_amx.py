@@ -1,4 +1,4 @@
-"""The AMX kernels on a machine without AMX: the same sources over loops that stand in for the tile instructions."""
+"""AMX: kernels beside oneDNN's where a machine has it; elsewhere the same sources over loops for its instructions."""
 
 import os
 import platform
@@ -41,14 +41,18 @@ def emulating(plan):
 def test_contract_over_emulated_tiles(tmp_path, monkeypatch):
     if "avx512" not in native.capabilities() or not native.capabilities()["avx512"]:
         pytest.skip("the float32 half of this engine needs AVX512")
+    if native.capabilities().get("amx"):
+        pytest.skip("the AMX kernels themselves run in every other test here")
     monkeypatch.setenv("PEFT_FAST_CUDA_ARCHS", "none")
     monkeypatch.setattr(build, "plan", emulating(build.plan))
     info = build.build(tmp_path, tmp_path / "objects", log=lambda *_: None)
     assert info["ok"], info["reason"]
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu-amx and bf16 and not random_groups",
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+         "-k", "cpu-amx and (bf16 or integers) and not random_groups",
          "tests/ops/test_contract.py", "tests/ops/test_metamorphic.py", "tests/ops/test_random.py",
-         "tests/ops/test_weights.py", "tests/ops/test_activate.py"],
+         "tests/ops/test_weights.py", "tests/ops/test_activate.py", "tests/ops/test_cpu_gemm.py",
+         "tests/ops/test_decode.py"],
         cwd=ROOT,
         env={**os.environ, "PEFT_FAST_LIBRARY": str(tmp_path / build.LIBRARY)},
         capture_output=True,
@@ -57,3 +61,41 @@ def test_contract_over_emulated_tiles(tmp_path, monkeypatch):
     assert ran.returncode == 0, ran.stdout[-3000:]
     passed = int(ran.stdout.rsplit(" passed", 1)[0].rsplit(maxsplit=1)[-1])
     assert passed > 100, "the emulated engine was not among the providers"
+
+
+BESIDE = """
+import torch
+from torch.nn.functional import linear
+from peft_fast.ops import Adapter, lora_decode, lora_linear
+
+torch.manual_seed(0)
+few, x, W = (torch.randn(*size, dtype=torch.bfloat16) for size in ((9, 256), (130, 256), (192, 256)))
+adapters = [Adapter(torch.randn(16, 256), torch.randn(192, 16))]
+calls = {
+    "oneDNN": lambda: linear(x, W),
+    "ours": lambda: lora_linear(x, W, None, adapters, backend="cpu"),
+    "oneDNN, few": lambda: linear(few, W),
+    "ours, few": lambda: lora_decode(few, W, None, adapters, backend="cpu"),
+}
+with torch.no_grad():
+    alone = {name: call() for name, call in calls.items()}
+    for name in sorted(calls) * 5 + list(calls) * 5:
+        assert torch.equal(calls[name](), alone[name]), name
+    for name, t in (("oneDNN", x), ("oneDNN, few", few)):
+        assert (alone[name].double() - t.double() @ W.double().T).abs().max() < 0.3, name
+"""
+
+
+@pytest.mark.skipif(not native.capabilities().get("amx"), reason="needs a processor with AMX")
+def test_tiles_beside_onednns():
+    """Each library finds the tile registers configured as it left them, whoever ran between."""
+    env = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
+    for threads in ("1", "2"):
+        ran = subprocess.run(
+            [sys.executable, "-c", BESIDE],
+            cwd=ROOT,
+            env=env | {"OMP_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stderr[-2000:]

@@ -251,7 +251,7 @@ compiled = pytest.mark.skipif(not native.load(), reason=native.reason() or "live
 def test_inference_is_no_less_accurate(case, dtypes, few, monkeypatch):
     """Without gradients adapters are read as PEFT keeps them, and W as it lies, or packed, whatever the rows."""
     monkeypatch.setattr(torch.ops.peft_fast, "lora_experts", None)
-    monkeypatch.setattr(sys.modules[lora_experts.__module__], "few", lambda: few)
+    monkeypatch.setattr(sys.modules[lora_experts.__module__], "few", lambda transposed: few)
     rounds = dtypes == "bf16_f32_adapters" and few == 0 and HALF
     problems, stocks, truths = numerics.answers(case, dtypes, rounds)
     with torch.no_grad():
@@ -297,10 +297,10 @@ def test_what_is_read_as_it_lies(monkeypatch):
         y = lora_experts(torch.ones(rows, 5), W, routing, None, [Adapter(A, B)], backend="cpu")
         return list(seen), y
 
-    for rows in (0, 1, 2 * few(), 2 * few() + 1):
+    for rows in (0, 1, 2 * few(False), 2 * few(False) + 1):
         wanted, same = run(rows, A.clone().requires_grad_())
         calls, y = run(rows)
-        assert calls == [few()] and not wanted and (same.requires_grad or not rows)
+        assert calls == [few(False)] and not wanted and (same.requires_grad or not rows)
         torch.testing.assert_close(y, same.detach())
 
 
@@ -309,8 +309,8 @@ def test_how_many_rows_are_few(monkeypatch):
     found = []
     for isa in ("portable", "avx512_bf16", "amx", "none"):
         monkeypatch.setattr(native, "isa", lambda isa=isa: isa)
-        found.append(few())
-    assert found == [FEW, FEW, 64, FEW]
+        found.append((few(False), few(True)))
+    assert found == [(FEW, FEW), (FEW, FEW), (64, FEW), (FEW, FEW)]
 
 
 WRONG = {

@@ -49,7 +49,7 @@ def test_zero_B_gives_the_base(provider, dtypes, dropped, transposed, lead):
     with provider.active(), torch.no_grad():
         (y,) = forward(provider, p, B0=torch.zeros_like(t["B0"]))
         base = provider(t["x"], t["W"], t["bias"], [], transposed=transposed)
-    assert_base(y, base, dtypes)
+    assert_base(y, base, dtypes, provider)
 
 
 @numerics.each(GROUP, TABLE)
@@ -65,13 +65,13 @@ def test_zero_B_gives_the_bases(provider, case, dtypes):
             bare = replace(case, layers=tuple(replace(layer, ranks=(), p=(), scaling=()) for layer in case.layers))
             bases = bare.ours(provider, p.tensors)
     for y, base in zip(ys, bases, strict=True):
-        assert_base(y, base, dtypes)
+        assert_base(y, base, dtypes, provider)
 
 
-def assert_base(y, base, dtypes):
-    if numerics.DEVICE.type == "cpu":
+def assert_base(y, base, dtypes, provider):
+    if numerics.DEVICE.type == "cpu" and provider.plan != "augmented":
         assert numerics.same_bits(y, base)
-    else:  # a vendor's GEMM with an addend may be another kernel than the one without
+    else:  # a vendor's GEMM with an addend, or of a longer inner dimension, may be another kernel than the one without
         assert_close(y, base, dtypes)
 
 
