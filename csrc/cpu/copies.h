@@ -2,6 +2,7 @@
 // compiles with its own flags (everything here has internal linkage on purpose).
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <type_traits>
 
@@ -203,9 +204,12 @@ inline void pair_rows(const uint16_t* in, int64_t row, int64_t pairs, uint32_t* 
 // null = keep all); 16 pairs from one tile to the next
 inline void pair_tiles(const uint16_t* in, int64_t row, int64_t pairs, const uint8_t* bits, int64_t mask_row,
                        uint32_t* out) {
-  alignas(64) uint16_t low[32], high[32];
-  for (int i = 0; i < 32; ++i) low[i] = uint16_t(i / 2 + i % 2 * 32), high[i] = uint16_t(low[i] + 16);
-  const __m512i first = _mm512_load_si512(low), second = _mm512_load_si512(high);
+  static constexpr auto order = [] {
+    std::array<uint16_t, 32> at{};
+    for (int i = 0; i < 32; ++i) at[i] = uint16_t(i / 2 + i % 2 * 32);
+    return at;
+  }();
+  const __m512i first = _mm512_loadu_si512(order.data()), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   __mmask32 a_bits = ~__mmask32(0), b_bits = a_bits;
   for (; pairs > 0; --pairs, in += 2 * row, out += 16) {
     prefetch_next(in + 32, 64);
