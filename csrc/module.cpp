@@ -25,6 +25,14 @@ static py::dict capabilities() {
   return d;
 }
 
+static bool intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 static py::dict build_info() {
   py::dict d;
 #if defined(__VERSION__)
@@ -38,6 +46,7 @@ static py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "What the processor has, what the extension was built with, and what a layer's adapters are.";
   m.def("capabilities", &capabilities, "Instruction sets of this processor: name -> bool.");
+  m.def("intel", &intel, "Is this a processor of Intel's?");
   m.def("adapters", &peft_fast::adapters::common, "What a layer's adapters are, in the common case; else None.");
   m.def("build_info", &build_info, "Compiler and versions of this build.");
 }

@@ -87,6 +87,18 @@ def capabilities() -> dict:
     return {} if module is None else dict(module.capabilities())
 
 
+@_constant
+def tuned_vendor() -> bool:
+    """Are torch's float32 GEMMs tuned for this very processor: oneMKL's, on one of Intel's?"""
+    return _tuned_vendor()
+
+
+@functools.cache
+def _tuned_vendor() -> bool:
+    intel = getattr(_module(), "intel", None)  # a build of older sources has none
+    return torch.backends.mkl.is_available() and intel is not None and intel()
+
+
 @functools.cache
 def adapters() -> Callable | None:
     """What looks at the modules of adapters (csrc/adapters.h), or None: it is not built, or of older sources."""

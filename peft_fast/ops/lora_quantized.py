@@ -74,7 +74,7 @@ def product(
     adapters = prepare.number_scalings(adapters)
     others = prepare.tensors_beside_W(adapters, bias)
     dropout = any(a.p > 0 for a in adapters)
-    name, plan, _ = dispatch.pick(x, dtype, shape, others, exact, backend, plan, dropout)
+    name, plan, _ = dispatch.pick(x, dtype, shape, others, exact, backend, plan, dropout, packed=True)
     seed = draw_seed(len(adapters), x.device) if dropout else None
     if name == "reference":
         return defined(x.to(dtype), Sibling(W.dense(dtype), bias, adapters), seed)

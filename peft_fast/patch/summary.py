@@ -152,7 +152,8 @@ def why_plain(layer: nn.Module) -> str:
         W, bias, adapters, _ = found
         others = [t for t in (bias, *[t for a in adapters for t in (a.A, a.bias)]) if t is not None]
         exact = settings.get().exact or dispatch.must_be_exact(W.dtype, [a.A for a in adapters])
-        choice = dispatch.pick(W, W.dtype, W, others, exact)
+        dropout = any(a.p > 0 for a in adapters)
+        choice = dispatch.pick(W, W.dtype, W, others, exact, dropout=dropout)
     return choice.reason if choice.backend == "torch" else ""
 
 

@@ -63,3 +63,35 @@ def test_a_blocks_rank_is_that_of_its_first_layers(monkeypatch):
     dispatch.pick(x, torch.float32, W, others, op="lora_mlp")
     dispatch.pick(x, torch.float32, W, others, op="lora_embedding")
     assert asked == [(6, 8, 5)], "an embedding has no plan"
+
+
+@pytest.mark.skipif(not native.load(), reason=native.reason() or "live")
+def test_float32_without_dropout_is_torchs_on_a_processor_of_intels(monkeypatch):
+    """Of a base that is dense and large: what torch multiplies slower, or cannot fuse, stays with the kernels."""
+    x, wide, narrow = torch.empty(4, 512), torch.empty(512, 512), torch.empty(511, 512)
+    half = [t.bfloat16() for t in (x, wide)]
+    for intel in (True, False):
+        monkeypatch.setattr(native, "tuned_vendor", lambda intel=intel: intel)
+        for op in ("lora_linear", "lora_group", "lora_mlp"):
+            found = dispatch.pick(x, x.dtype, wide, op=op)
+            assert found[:2] == ("torch" if intel else "cpu", "accumulate")
+            assert ("oneMKL" in found.reason) == intel
+        kept = [
+            dispatch.pick(x, x.dtype, wide, dropout=True),
+            dispatch.pick(x, x.dtype, wide, packed=True),
+            dispatch.pick(x, x.dtype, wide, op="lora_decode"),
+            dispatch.pick(x, x.dtype, wide, op="lora_add"),
+            dispatch.pick(x, x.dtype, narrow),
+            dispatch.pick(half[0], half[0].dtype, half[1]),
+            dispatch.pick(half[0], half[0].dtype, wide),
+            dispatch.pick(x, x.dtype, wide, backend="cpu"),
+        ]
+        with settings.override(backend="cpu"):
+            kept.append(dispatch.pick(x, x.dtype, wide))
+        assert {choice.backend for choice in kept} == {"cpu"}
+
+
+def test_older_builds_know_no_vendor(monkeypatch):
+    for module, tuned in ((None, False), (SimpleNamespace(), False), (SimpleNamespace(intel=lambda: True), True)):
+        monkeypatch.setattr(native, "_module", lambda module=module: module)
+        assert native._tuned_vendor.__wrapped__() == (tuned and torch.backends.mkl.is_available())

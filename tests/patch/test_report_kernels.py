@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import peft_fast
-from peft_fast import native, settings
+from peft_fast import dispatch, native, settings
 from peft_fast.backends.triton import lora_linear
 from tests.patch.toys import toy
 
@@ -31,6 +31,13 @@ def test_a_backend_asked_for_by_name():
     model = toy()
     with settings.override(backend="torch"):
         assert set(peft_fast.report(model).plain.values()) == {"asked for by name"}
+
+
+def test_what_torch_multiplies_faster(monkeypatch):
+    monkeypatch.setattr(dispatch, "vendor_faster", lambda dtype, W: dtype == torch.float32)
+    report = peft_fast.report(toy())
+    assert set(report.plain) == set(report.fast) and "oneMKL" in report.plain[report.fast[0]]
+    assert peft_fast.report(toy(lora_dropout=0.1)).plain == {}
 
 
 def test_kernels_that_failed(monkeypatch):
