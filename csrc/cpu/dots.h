@@ -202,9 +202,11 @@ void dots_of(const void* w_, int64_t row, int64_t n, const void* x_, int64_t ldx
 #if defined(__AVX512F__)
   if (k <= 4 * D::step) return dots_short<D>(w, row, n, x, ldx, k, m, c, ldc, add);
 #endif
-  constexpr int64_t ROWS = 4;  // whose second reading, for the next tokens, is from the first-level cache
-  for (int64_t i = 0; i < n; i += m > 4 ? ROWS : n) {
-    const int64_t rows = std::min(n - i, m > 4 ? ROWS : n);
+  // so many rows at a time where tokens or stretches of k take turns: what was read for the first is in the first-level
+  // cache for the others, and memory is read along its rows
+  const int64_t block = m > 4 || k > CHAIN * D::step ? 4 : n;
+  for (int64_t i = 0; i < n; i += block) {
+    const int64_t rows = std::min(n - i, block);
     for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += CHAIN * D::step) {
       const int64_t kn = std::min<int64_t>(CHAIN * D::step, k - k0);
       const auto* at = w + i * row + k0;

@@ -105,12 +105,12 @@ void dots_tiles(const void* w_, bool bf16, int64_t row, int64_t n, const void* x
           uint32_t* to = pairs[g] + p / 2 * 16;
           const auto* from = (const uint32_t*)(x + (t + 16 * g) * ldx + k0 + p);
           if (t + 16 * g + 16 <= m) {
-            transpose(from, ldx / 2, 16, 16, to, 16);
+            transpose16(from, ldx / 2, to, 16);
             continue;
           }
           uint32_t part[16 * 16] = {};
           for (int64_t i = 0; t + 16 * g + i < m; ++i) std::memcpy(part + 16 * i, from + i * (ldx / 2), 64);
-          transpose(part, 16, 16, 16, to, 16);
+          transpose16(part, 16, to, 16);
         }
       __asm__ volatile("" ::: "memory");  // GCC does not know that tiles are read from memory
       for (int64_t i = 0; i < whole_n; i += 32) {
@@ -140,7 +140,7 @@ void dots_tiles(const void* w_, bool bf16, int64_t row, int64_t n, const void* x
         _tile_stored(3, turned + 16 * 32 + 16, 128);
         for (int64_t g = 0; g * 16 < tokens; ++g)
           for (int64_t b = 0; b <= low; ++b) {
-            transpose((const uint32_t*)turned + b * 16 * 32 + g * 16, 32, 16, 16, (uint32_t*)line, 16);
+            transpose16((const uint32_t*)turned + b * 16 * 32 + g * 16, 32, (uint32_t*)line, 16);
             for (int64_t j = 0; j < std::min<int64_t>(16, tokens - 16 * g); ++j) {
               float* to = c + (t + 16 * g + j) * ldc + i + 16 * b;
               const auto sum = Lanes<16>::load(line + 16 * j);

@@ -11,6 +11,7 @@
 #include "cpu/columns.h"
 #include "cpu/copies.h"
 #include "cpu/dots.h"
+#include "cpu/philox.h"
 
 namespace peft_fast {
 namespace {
