@@ -11,7 +11,8 @@
 namespace peft_fast {
 namespace {
 
-constexpr double MOST_LISTED = 0.15;  // dropped, up to which its rows of W cost less than the product of all
+// dropped, up to which its rows of W cost less than the product of all: by vectors, and where tiles multiply
+constexpr double MOST_LISTED = 0.15, TILES_LISTED = 0.01;
 
 // what dropout takes from x (M, K): of row m, entries [begin[m], begin[m + 1]), in the order of their columns
 struct Dropped {
@@ -59,13 +60,14 @@ struct Call {
   int64_t M, K, N, r;
   Source w;  // (N, K)
   float scaling, keep_scale;
+  double p;
   MaskBits mask;
 
   Call(bool half, int64_t tokens, const Tensor& w_, const Tensor& a, const Tensor& b, const Tensor& c,
-       const std::optional<Tensor>& seed, double s, double p, bool transposed)
+       const std::optional<Tensor>& seed, double s, double p_, bool transposed)
       : e(engine(half)), wide(engine(false)), bf16(half), M(tokens), K(w_.size(transposed ? 0 : 1)),
         N(w_.size(transposed ? 1 : 0)), r(a.size(0)), w(weight(w_, transposed, bf16)), scaling(float(s)),
-        keep_scale(p < 1 ? float(1 / (1 - p)) : 0.0f) {
+        keep_scale(p_ < 1 ? float(1 / (1 - p_)) : 0.0f), p(p_) {
     check_float(a, "A");
     check_float(b, "B");
     STD_TORCH_CHECK(a.size(1) == K && b.size(0) == N && b.size(1) == r && c.numel() == N && c.is_contiguous() &&
@@ -79,6 +81,7 @@ struct Call {
   }
 
   bool drops() const { return bool(mask); }
+  bool lists() const { return p <= (e.enter ? TILES_LISTED : MOST_LISTED); }
   int64_t panels() const { return ceil_div(N, wide.nr); }
 
   // rows [k0, k0 + k) of Wᵀ, columns of panel p: lines of bfloat16, `ld` apart, or a float32 panel
@@ -287,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor> dora_linear(const Tensor& x_, const Tensor& w
   const Mix mix{call, (const float*)c.const_data_ptr(), bias ? wide_bias.data() : nullptr, (char*)y.mutable_data_ptr(),
                 keep ? (char*)z.mutable_data_ptr() : nullptr, is_bf16(y), is_bf16(z)};
   const void* ready = packed_data(packed, call.e, call.K, call.N);
-  if (p > MOST_LISTED) {
+  if (!call.lists()) {
     forward_twice(mix, x, a, b, h, ready);
     return {y, h, z};
   }
@@ -368,7 +371,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
   if (dx_) {
     Right right{call.w, packed_data(packed, call.e, N, K)};
     Columns columns{K, {right}, {{rows_of(d), rows_of(a), r}}, target(dx, K, 1)};
-    if (p > MOST_LISTED) {
+    if (!call.lists()) {
       std::optional<Scratch> own;
       right.packed = packed_once(call, call.w, N, K, right.packed, own);
       gemm(call.e, M, {{{g.source, N}}, {{K, {right}, {}, columns.y}}}, &skinny);
