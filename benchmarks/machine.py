@@ -67,11 +67,15 @@ def no_interpreter() -> str:
 
 def line(found: dict) -> str:
     """The header in one line."""
-    where = f"{found['cpu']} ({found['cores']} cores, {_best(found)})"
-    if "gpu" in found:
-        where = found["gpu"]["name"]
     versions = (f"{name} {found['packages'][name]}" for name in ("torch", "peft", "transformers"))
-    return ", ".join([where, *versions, found["date"][:10]])
+    return ", ".join([where(found), *versions, found["date"][:10]])
+
+
+def where(found: dict) -> str:
+    """What the figures were made on, without versions and date."""
+    if "gpu" in found:
+        return found["gpu"]["name"]
+    return f"{found['cpu']} ({found['cores']} cores, {_best(found)})"
 
 
 def _best(found: dict) -> str:

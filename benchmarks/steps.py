@@ -38,8 +38,9 @@ ENDS = {
     "lora_group": 0.89,
     "lora_mlp": 0.91,
     "lora_embedding": 0.92,
-    "quantized": 0.935,
-    "peers": 0.945,
+    "quantized": 0.93,
+    "lora_conv": 0.94,
+    "peers": 0.95,
     "ops": 0.97,
     "memcheck": 0.99,
     "racecheck": 0.99,
@@ -47,8 +48,8 @@ ENDS = {
 LEAST_S = {"racecheck": 12.0}  # with less left it is not started
 # these take --minutes and end by themselves
 TIMED = (
-    *("plans", "gate", "tune", "lora_linear", "train_step", *ALONE, "generate", *OPS, "quantized", "peers"),
-    *("memcheck", "racecheck"),
+    *("plans", "gate", "tune", "lora_linear", "train_step", *ALONE, "generate", *OPS, "quantized"),
+    *("lora_conv", "peers", "memcheck", "racecheck"),
 )
 # the op whose kernels a benchmark needs, where it has not its name
 OP_OF = {"generate": "lora_decode", "quantized": "nf4"}
@@ -105,6 +106,7 @@ def steps(out: Path, stem: str, dry_run: bool) -> list[Step]:
         *(Step(op, results(op, op)) for op in (*ALONE, "generate")),
         *(Step(op, [*results(op, op), *few, *once], extra=interpreted) for op in OPS),
         _quantized(results("quantized", "quantized"), dry_run),
+        Step("lora_conv", results("lora_conv", "lora_conv")),
         Step(
             "peers",
             [*results("peers", "lora_linear"), "--peers", "--model", "square"],

@@ -1,4 +1,4 @@
-"""README's tables, generated from the committed results, so that no figure in it was typed by hand."""
+"""The tables of the READMEs, generated from the committed results, so that no figure in them was typed by hand."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 
 from peft_fast.errors import DataError, fail
 
-from . import harness, machine, peers
+from . import harness, machine, peers, summary
 from .train_step import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+MEASURED = Path(__file__).resolve().parent / "README.md"
 WHICH = ROOT / "peft_fast" / "recipes" / "docs" / "which-method.md"
 RESULTS = Path(__file__).resolve().parent / "results"
 TITLES = {
@@ -343,17 +344,29 @@ def _cells(row: list[str]) -> str:
     return "| " + " | ".join(row) + " |"
 
 
+def summarized(runs: list[dict]) -> str:
+    """Rows: benchmark, dtype, dropout; a table for each machine."""
+    parts = []
+    for where, lines in summary.sections(runs).items():
+        head = [_cells(summary.HEAD), _cells(["---"] * len(summary.HEAD))]
+        parts.append("\n".join([*head, *map(_cells, lines), "", f"<sub>{where}.</sub>"]))
+    return "\n\n".join(parts) or NONE.format(bench="lora_linear")
+
+
 # marker name in README -> what stands between <!-- NAME:start --> and <!-- NAME:end -->
-SECTIONS = {
+README_SECTIONS = {
     "bench": partial(variants, named=False),
-    "variants": variants,
     "smollm2": smollm2,
+    "summary": summarized,
+}
+# the same of the page beside this file
+MEASURED_SECTIONS = {
+    "variants": variants,
     "layer": lora_linear,
     **{op.removeprefix("lora_"): partial(_op, op) for op in OPS},
     **{bench.removeprefix("lora_"): partial(single, bench) for bench in SINGLE},
 }
-
-
+SECTIONS = README_SECTIONS | MEASURED_SECTIONS
 # the same, of the page that compares methods
 WHICH_SECTIONS = {"methods": methods}
 
@@ -371,13 +384,14 @@ def render(text: str, runs: list[dict], sections: dict[str, Callable] = SECTIONS
 
 
 def update(readme: Path = README, folder: Path = RESULTS, check: bool = False) -> bool:
-    """Rewrites the README (or only looks, with `check`); True when it was already in sync."""
+    """Rewrites the pages, or the one given (with `check`: only looks); True when all were in sync."""
     if not readme.is_file():
         fail(DataError, "no README.md beside benchmarks/", "a clone of the repository", "run it there")
     found = {readme: SECTIONS}
     if readme == README:
         from . import pages  # what it needs is not on every GPU machine
 
+        found = {README: README_SECTIONS, MEASURED: MEASURED_SECTIONS}
         found |= {WHICH: WHICH_SECTIONS} | pages.sections()
     in_sync = True
     for page, sections in found.items():

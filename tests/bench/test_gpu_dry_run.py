@@ -94,7 +94,7 @@ def test_all_steps(tmp_path, root):
     done, record = dry_run(root, tmp_path)
     status = {step["name"]: step["status"] for step in record["steps"]}
     assert list(status) == NAMES and "failed" not in status.values()
-    measured = ["lora_linear", "train_step", *shapes.ALONE, "generate", *shapes.OPS, "quantized"]
+    measured = ["lora_linear", "train_step", *shapes.ALONE, "generate", *shapes.OPS, "quantized", "lora_conv"]
     ran = {"plans", "doctor", "gate", "contract", "ops", "memcheck", *measured}
     assert {name for name, word in status.items() if word == "ok"} >= ran
     assert record["plans"] and {found["verdict"] for found in record["plans"].values()} == {plans.RUNS}

@@ -100,7 +100,7 @@ def document(ratio):
         },
         "aa": {"ratio": [1.0, 1.0, 1.0], "ok": ratio < 1.5},
         "providers": {"stock": phases, "peft_fast": phases},
-        "bytes": {"stock": {"saved": 3 * 2**20}, "peft_fast": {"saved": 2**20}},
+        "bytes": {"stock": {"saved": 3 * 2**20, "peak": 8 * 2**20}, "peft_fast": {"saved": 2**20, "peak": 2**20}},
     }
     packages = {"torch": "2", "peft": "0", "transformers": "5"}
     machine = {
@@ -133,6 +133,21 @@ def test_runs_of_one_machine_and_day_share_a_table():
     assert table.lora_linear(runs).count("<sub>") == 1 and table.lora_linear(runs).count("\n| 1 × 2 × 3") == 2
     runs[1]["machine"]["date"] = "2026-02-01"
     assert table.lora_linear(runs).count("<sub>") == 2
+
+
+def test_the_summary_takes_the_median_and_the_extremes_of_a_machine():
+    runs = [{**document(ratio), "bench": "lora_linear"} for ratio in (1.25, 1.0, 2.0)]
+    runs.append({**document(1.25), "bench": "train_step"})
+    lines = table.summarized(runs).splitlines()
+    wanted = "| a linear layer | bf16 | 0.05 | 3 | 1.25 | **1.25** | **1.60×** (1.00–2.00) | 12 % |"
+    assert lines[2:] == [wanted, "", "<sub>Toy (1 cores, AVX2).</sub>"], "the usual steps have a table of their own"
+    runs[-1]["rows"][0]["settings"]["model"] = "llama-dora"
+    runs[0]["rows"][0]["providers"].pop("stock")
+    runs[1]["machine"]["cpu"] = "Other"
+    lines = table.summarized(runs).splitlines()
+    assert sum(line.startswith("| a linear layer | bf16 | 0.05 | 1 |") for line in lines) == 2
+    assert sum(line.startswith("| training steps") for line in lines) == 1
+    assert lines[-1] != lines[4] and sum(line.startswith("<sub>") for line in lines) == 2
 
 
 def test_a_noisy_row_is_marked():
