@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "adapters.h"
+#include "layer.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -48,5 +49,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("capabilities", &capabilities, "Instruction sets of this processor: name -> bool.");
   m.def("intel", &intel, "Is this a processor of Intel's?");
   m.def("adapters", &peft_fast::adapters::common, "What a layer's adapters are, in the common case; else None.");
+  m.def("layer", &peft_fast::layer::common, "What a layer is and is called with, in the common case; else None.");
   m.def("build_info", &build_info, "Compiler and versions of this build.");
 }

@@ -106,6 +106,12 @@ def adapters() -> Callable | None:
 
 
 @functools.cache
+def layer() -> Callable | None:
+    """What looks at a whole LoRA layer (csrc/layer.h), or None: it is not built, or of older sources."""
+    return getattr(_module(), "layer", None)
+
+
+@functools.cache
 def _module():
     spec = importlib.util.find_spec("peft_fast._C")
     if spec is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -64,8 +65,12 @@ def most(dtype: torch.dtype, transposed: bool = False, rank: int = 0) -> int:
 
 def kernel() -> Callable[..., Tensor] | None:
     """The compiled operator, for who has looked at every tensor himself; None where dispatch would not pick it."""
-    live = settings.get().backend in ("auto", "cpu") and native.load()
-    return torch.ops.peft_fast.lora_decode.default if live else None
+    return _operator() if settings.get().backend in ("auto", "cpu") else None
+
+
+@functools.cache
+def _operator():
+    return torch.ops.peft_fast.lora_decode.default if native.load() else None
 
 
 def look() -> Callable | None:

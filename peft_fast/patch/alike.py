@@ -22,9 +22,9 @@ _FORMS = {
 # what calling an nn.Linear runs and reads; weight and bias are no attributes of the class
 _RUN = ("__call__", "_call_impl", "forward", "__getattribute__", "__getattr__", "weight", "bias")
 
-_torchs = nn.Linear.forward
+torchs = nn.Linear.forward
 # class -> the forward that was read, and the verdict: libraries replace forwards
-_known: dict[type, tuple[object, bool]] = {nn.Linear: (_torchs, True)}
+_known: dict[type, tuple[object, bool]] = {nn.Linear: (torchs, True)}
 
 
 def linear(kind: type) -> bool:
@@ -32,13 +32,13 @@ def linear(kind: type) -> bool:
     if not torch.compiler.is_compiling():
         note(kind)
     forward, verdict = _known.get(kind, (None, False))
-    return verdict and kind.forward is forward and nn.Linear.forward is _torchs
+    return verdict and kind.forward is forward and nn.Linear.forward is torchs
 
 
 def inherits(kind: type) -> bool:
     """Does calling an instance run nn.Linear's own forward? Whatever else its class has does not count."""
     same = all(getattr(kind, name, None) is getattr(nn.Linear, name, None) for name in _RUN)
-    return same and issubclass(kind, nn.Linear) and nn.Linear.forward is _torchs
+    return same and issubclass(kind, nn.Linear) and nn.Linear.forward is torchs
 
 
 def note(kind: type) -> None:

@@ -7,37 +7,66 @@ not the common case returns None and goes the long way by plan.py, which takes n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from peft_fast import settings
+from peft_fast import native, settings
 from peft_fast.ops import Sibling, prepare
 from peft_fast.ops.lora_decode import MOST, TURNED, kernel, look, most
-from peft_fast.patch import alike, ledger, plan
+from peft_fast.patch import alike, ledger, marks, plan
+from peft_fast.patch.marks import wanted
 
 DTYPES = (torch.float32, torch.bfloat16)
 LATE = ("cuda",)
 KINDS = (nn.Linear, nn.Identity, nn.Dropout, nn.Parameter, torch.strided)
 
 
+@functools.cache
+def _around() -> tuple:
+    """What the compiled look at a whole layer (csrc/layer.h) asks and compares with."""
+    linear, *others, strided = KINDS
+    asked = torch.is_grad_enabled, torch.is_autocast_enabled, torch._C._get_tracing_state
+    asked += torch._C._functorch.maybe_current_level, torch.compiler.is_exporting
+    named = vars(forward_ad), vars(nn.modules.module), marks.state
+    return plan.Linear, linear, alike.torchs, *others, Tensor, strided, *DTYPES, *asked, *named
+
+
 def run(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """x (..., K) -> y (..., N) of a wanted layer that got nothing else, or None: the call is for others."""
-    if (found := base_of(layer, x)) is None:
+    """x (..., K) -> y (..., N) of a layer that is to be fast and got nothing else, or None: the call is for others."""
+    look = native.layer()
+    if look is not None and (found := look(layer, x, _around())) is not None:
+        W, bias, low, tokens, rank = found
+        transposed = False
+    elif (found := _found(layer, x)) is not None:
+        W, bias, low, tokens, rank, transposed = found
+    else:
         return None
-    W, bias, transposed = found
-    K, size = x.shape[-1], x.numel()
-    if size >= settings.get().min_tokens * K or (size > MOST * K and size > most(x.dtype) * K):
+    now = settings.get()
+    if now.disable or tokens >= now.min_tokens or (tokens > MOST and tokens > most(x.dtype)):
         return None
-    names = layer._active_adapter
-    if (low := adapters(layer, (names,) if type(names) is str else names, W.dtype)) is None or not low[0]:
+    if tokens > TURNED and tokens > most(x.dtype, transposed, rank):
         return None
-    if size > TURNED * K and size > most(x.dtype, transposed, sum(A.shape[0] for A in low[0])) * K:
+    if (compiled := kernel()) is None:
         return None
     prepare.count_call()
     ledger.count(layer, None)
-    return kernel()(x, W, bias, *low, transposed)
+    return compiled(x, W, bias, *low, transposed)
+
+
+def _found(layer, x):
+    """(W, bias, adapters, tokens of x (..., K), ranks together, transposed), or None."""
+    # where a training step ends
+    if torch.is_grad_enabled() or not wanted(layer) or (found := base_of(layer, x)) is None:
+        return None
+    W, bias, transposed = found
+    names = layer._active_adapter
+    if (low := adapters(layer, (names,) if type(names) is str else names, W.dtype)) is None or not low[0]:
+        return None
+    return W, bias, low, x.shape[:-1].numel(), sum(A.shape[0] for A in low[0]), transposed
 
 
 def base_of(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, bool] | None:

@@ -14,9 +14,12 @@ from tests.patch.toys import K, N, inputs, layers, stock, toy
 pytestmark = pytest.mark.skipif(not native.load(), reason=f"the compiled operators: {native.reason()}")
 
 
-@pytest.fixture(autouse=True)
-def as_shipped(untouched_peft):
-    """The number of tokens that users have."""
+@pytest.fixture(autouse=True, params=["compiled look", "python look"])
+def as_shipped(untouched_peft, request, monkeypatch):
+    """The number of tokens that users have, by either of the looks at a layer."""
+    assert native.layer() is not None
+    if request.param == "python look":
+        monkeypatch.setattr(native, "layer", lambda: None)
     with settings.override(min_tokens=128):
         yield
 
@@ -183,6 +186,7 @@ def test_states_of_the_process():
 
 def test_it_takes_nothing_that_the_plan_refuses():
     """decode.py looks by itself, for speed: whatever it takes, plan.py takes too, with the same tensors."""
+    peft_fast.enable()  # also a base that nobody marked
     x = inputs(2, K).detach()
     for change, apply in {name: apply for name, (apply, _) in CHANGES.items()}.items() | BROKEN.items():
         model = toy(lora_dropout=0.2).eval()
