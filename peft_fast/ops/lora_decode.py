@@ -78,6 +78,11 @@ def look() -> Callable | None:
     return native.adapters()
 
 
+def whole() -> Callable | None:
+    """The compiled look at a whole layer (csrc/layer.h); None where it is not built."""
+    return native.layer()
+
+
 def _differentiable(x: Tensor, W: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> bool:
     if not torch.is_grad_enabled():
         return False

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from peft_fast import native, settings
+from peft_fast import settings
 from peft_fast.ops import Sibling, prepare
-from peft_fast.ops.lora_decode import MOST, TURNED, kernel, look, most
+from peft_fast.ops.lora_decode import MOST, TURNED, kernel, look, most, whole
 from peft_fast.patch import alike, ledger, marks, plan
 from peft_fast.patch.marks import wanted
 
@@ -37,8 +37,7 @@ def _around() -> tuple:
 
 def run(layer: nn.Module, x: Tensor) -> Tensor | None:
     """x (..., K) -> y (..., N) of a layer that is to be fast and got nothing else, or None: the call is for others."""
-    look = native.layer()
-    if look is not None and (found := look(layer, x, _around())) is not None:
+    if (common := whole()) is not None and (found := common(layer, x, _around())) is not None:
         W, bias, low, tokens, rank = found
         transposed = False
     elif (found := _found(layer, x)) is not None:
