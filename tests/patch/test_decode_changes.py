@@ -97,6 +97,7 @@ CHANGES = {
     "hook_on_layer": (lambda m: _hook(layers(m)[0]), 2),
     "pre_hook": (lambda m: layers(m)[0].base_layer.register_forward_pre_hook(lambda m, args: (args[0] * 2,)), 1),
     "forward_of_base": (lambda m: setattr(layers(m)[0].base_layer, "forward", lambda x: torch.zeros(1, N)), 1),
+    "tensor_parallel": (lambda m: setattr(layers(m)[0].base_layer, "_hf_tp_plan", "colwise"), 1),
     "W_replaced": (lambda m: _replace(layers(m)[0].base_layer, "weight"), 2),
     "W_data": (lambda m: _data(layers(m)[0].base_layer.weight), 2),
     "W_in_place": (lambda m: _in_place(layers(m)[0].base_layer.weight), 2),
@@ -149,7 +150,7 @@ def test_every_change_is_seen_by_the_next_call(change):
         y, taken = decoded(model, x)
     assert taken == calls
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    same = change in ("unmerge", "merge", "merge_one", "identity", "train_without_dropout")
+    same = change in ("tensor_parallel", "unmerge", "merge", "merge_one", "identity", "train_without_dropout")
     assert same == torch.allclose(y, before, rtol=1e-5, atol=1e-5)
 
 
@@ -182,6 +183,45 @@ def test_states_of_the_process():
     assert_stocks(model, x)
     peft_fast.accelerate(model)
     assert_decodes(model, x)
+
+
+def test_only_layers_that_are_to_be_fast():
+    model, other, x = toy().eval(), toy(seed=1).eval(), inputs(1, K).detach()
+    peft_fast.restore(other)
+    assert_decodes(model, x)
+    assert_stocks(other, x)
+    (layer, *_), (foreign, *_) = layers(model), layers(other)
+    with torch.no_grad():
+        assert decode.run(layer, x) is not None and decode.run(foreign, x) is None
+        peft_fast.enable()
+        assert decode.run(foreign, x) is not None
+        peft_fast.disable()  # whoever kept a reference to the guard calls it still
+        assert decode.run(layer, x) is None and decode.run(foreign, x) is None
+
+
+def test_modes_of_the_process(monkeypatch):
+    """Each by itself: what is traced or transformed may fail later for another reason."""
+    (layer, *_), x = layers(toy().eval()), inputs(1, K).detach()
+    assert decode.run(layer, x) is None, "with gradients"
+    with torch.inference_mode():
+        assert decode.run(layer, x.clone()) is not None
+    with torch.no_grad():
+        found = []
+        jitted = torch.jit.trace(lambda t: found.append(decode.run(layer, t)) or t + 1, x, check_trace=False)
+        assert found == [None] and torch.equal(jitted(x), x + 1)
+        torch.func.vmap(lambda t: found.append(decode.run(layer, x)) or t)(torch.ones(2))
+        with torch.autograd.forward_ad.dual_level():
+            found.append(decode.run(layer, x))
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.compiler, "_is_exporting_flag", True)
+            found.append(decode.run(layer, x))
+        assert found == [None] * 4
+        assert decode.run(layer, nn.Parameter(x)) is None and decode.run(nn.Linear(K, N), x) is None
+        assert decode.run(layer, torch.zeros(())) is None
+        with monkeypatch.context() as patched:
+            patched.setattr(nn.Linear, "forward", lambda self, x: x)
+            assert decode.run(layer, x) is None
+    assert_decodes(toy().eval(), x)
 
 
 def test_it_takes_nothing_that_the_plan_refuses():
