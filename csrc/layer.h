@@ -87,7 +87,7 @@ inline py::object common(const py::object& self, const py::object& x, const py::
   static const Words words;
   const Around around(of);
   const auto other = [] { return py::object(py::none()); };
-  if ((PyObject*)Py_TYPE(self.ptr()) != around.lora || (PyObject*)Py_TYPE(x.ptr()) != around.tensor) return other();
+  if ((PyObject*)Py_TYPE(self.ptr()) != around.lora) return other();
   if (!quiet(around, words)) return other();
   const py::object switches = own(py::reinterpret_borrow<py::object>(around.state)), state = own(self);
   if (!item(switches.ptr(), words.off).is(py::handle(Py_False))) return other();

@@ -218,6 +218,10 @@ def test_modes_of_the_process(monkeypatch):
         assert found == [None] * 4
         assert decode.run(layer, nn.Parameter(x)) is None and decode.run(nn.Linear(K, N), x) is None
         assert decode.run(layer, torch.zeros(())) is None
+        layer.__class__ = type("Other", (plan.Linear,), {})
+        assert decode.run(layer, x) is None
+        layer.__class__ = plan.Linear
+        assert decode.run(layer, x) is not None
         with monkeypatch.context() as patched:
             patched.setattr(nn.Linear, "forward", lambda self, x: x)
             assert decode.run(layer, x) is None
