@@ -2,47 +2,67 @@
 
 from __future__ import annotations
 
-from functools import partial
 from statistics import median
 
 from . import machine
 from .train_step import VARIANTS
 
-# benchmark -> what it is to a reader, in the order of the summary
+# (benchmark, which of its rows) -> what they are to a reader, in the order of the summary
 TITLES = {
-    "lora_linear": "a linear layer",
-    "lora_group": "layers that read one input",
-    "lora_mlp": "an MLP block",
-    "lora_embedding": "an embedding",
-    "dora_linear": "a layer with DoRA",
-    "train_step": "training steps with PEFT's other options",
-    "lora_experts": "experts of a mixture",
-    "quantized": "a layer over a quantized base",
-    "lora_conv": "a convolution of size 1",
-    "lora_mixed": "16 adapters in a batch, inference",
-    "generate": "generation, multiples of merged weights",
+    ("lora_linear", ""): "a linear layer",
+    ("lora_group", ""): "layers that read one input",
+    ("lora_mlp", ""): "an MLP block",
+    ("lora_embedding", ""): "an embedding, of stock PEFT's time",
+    ("dora_linear", ""): "a layer with DoRA",
+    ("train_step", ""): "training steps with PEFT's other options",
+    ("lora_experts", ""): "experts of a mixture",
+    ("lora_experts", "token"): "experts, one token of inference",
+    ("quantized", ""): "a quantized layer, of its library's time",
+    ("lora_conv", ""): "a convolution of size 1",
+    ("lora_mixed", "token"): "16 adapters in a batch, one token each",
+    ("lora_mixed", ""): "16 adapters in a batch, 128 tokens each",
+    ("lora_mixed", "model"): "16 adapters in a batch, generating",
+    ("generate", ""): "generating, of merged weights' time",
 }
 HEAD = ["what", "dtype", "dropout", "rows", "stock PEFT", "**peft_fast**", "speed-up over stock", "peak of stock's"]
 
 
 def sections(runs: list[dict]) -> dict[str, list[list[str]]]:
-    """Machine -> a line for each benchmark, dtype and dropout, of the rows that compare peft_fast with stock PEFT."""
+    """Machine -> a line for each kind of rows, dtype and dropout.
+
+    Of the rows that compare peft_fast with stock PEFT, on a quiet machine with all its cores.
+    """
     found: dict[str, dict[tuple, list[dict]]] = {}
-    for bench in TITLES:
+    for (bench, kind), title in TITLES.items():
         for run in (r for r in runs if r["bench"] == bench):
-            for row in filter(partial(_compares, bench), run["rows"]):
-                kinds = found.setdefault(machine.where(run["machine"]), {})
-                kinds.setdefault((bench, row["settings"]["dtype"], row["settings"]["p"]), []).append(row)
+            for row in run["rows"]:
+                if _compares(bench, row, run["machine"]) and _kind(bench, row["settings"]) == kind:
+                    lines = found.setdefault(machine.where(run["machine"]), {})
+                    lines.setdefault((title, row["settings"]["dtype"], row["settings"]["p"]), []).append(row)
     return {
-        where: [[TITLES[bench], dtype, f"{p:g}", *_figures(rows)] for (bench, dtype, p), rows in kinds.items()]
-        for where, kinds in found.items()
+        where: [[title, dtype, f"{p:g}", *_figures(rows)] for (title, dtype, p), rows in lines.items()]
+        for where, lines in found.items()
     }
 
 
-def _compares(bench: str, row: dict) -> bool:
+def _compares(bench: str, row: dict, where: dict) -> bool:
+    if not {"stock", "peft_fast"} <= row.get("providers", {}).keys() or not row["aa"]["ok"]:
+        return False
+    settings = row["settings"]
+    if "gpu" not in where and settings["threads"] != where["cores"]:
+        return False
     # the usual training steps have a table of their own
-    usual = bench == "train_step" and row["settings"]["model"] not in VARIANTS
-    return not usual and {"stock", "peft_fast"} <= row.get("providers", {}).keys()
+    return bench != "train_step" or settings["model"] in VARIANTS
+
+
+def _kind(bench: str, settings: dict) -> str:
+    if bench == "lora_experts":
+        return "token" if settings["M"] == 1 else ""
+    if bench == "lora_mixed":
+        return (
+            "model" if "tokens" not in (settings.get("shape") or "") else "token" * (" 1 tokens" in settings["shape"])
+        )
+    return ""
 
 
 def _figures(rows: list[dict]) -> list[str]:

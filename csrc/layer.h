@@ -104,6 +104,8 @@ inline py::object common(const py::object& self, const py::object& x, const py::
   if (!item(switches.ptr(), words.everywhere).is(py::handle(Py_True)) && !item(base.ptr(), words.mark)) return other();
   const py::object linear = py::reinterpret_borrow<py::object>(around.linear);
   if (!attribute(linear, words.forward).is(py::handle(around.forward))) return other();
+  const py::object inside = item(base.ptr(), words.modules);  // the mark is the innermost layer's
+  if (!dict(inside) || PyDict_Size(inside.ptr())) return other();
   const py::object parameters = item(base.ptr(), words.parameters);
   if (!dict(parameters)) return other();
   const py::object W = item(parameters.ptr(), words.weight), bias = item(parameters.ptr(), words.bias);

@@ -107,8 +107,8 @@ def pick(
 def vendor_faster(dtype: torch.dtype, W: torch.Tensor) -> bool:
     """Does a step in ``dtype`` without dropout take less time by torch's GEMMs than by the compiled CPU kernels?
 
-    Without dropout there is nothing to fuse but small products, and oneMKL's float32 ones run at an Intel processor's
-    peak without packing W anew in every call: 1.05 to 1.2 of the frozen layer where the kernels take 1.2 to 1.4.
+    Without dropout there is nothing to fuse but small products. oneMKL's float32 ones run near an Intel processor's
+    peak, and copy W into their own order for less.
     """
     return dtype == W.dtype == torch.float32 and W.numel() >= VENDOR_WEIGHTS and native.tuned_vendor()
 

@@ -61,6 +61,7 @@ TWICE = [
 # where so little is that every instruction set takes it off the one product, AMX too
 LISTED = [
     Case("hardly_dropped", lead=(61,), K=515, N=389, ranks=(17,), p=(0.01,), bias=True),
+    Case("k_in_passes_hardly_dropped", lead=(37,), K=2500, N=72, ranks=(4,), p=(0.01,)),
     Case("conv1d_hardly_dropped", lead=(61,), K=515, N=389, ranks=(17,), p=(0.01,), transposed=True),
 ]
 CASES = [_of(case) for case in cases.CASES if case.name in NAMES] + TWICE + LISTED

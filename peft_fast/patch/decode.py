@@ -49,6 +49,8 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
         return None
     if tokens > TURNED and tokens > most(x.dtype, transposed, rank):
         return None
+    if rank > plan.MAX_RANK and any(A.shape[0] > plan.MAX_RANK for A in low[0]):
+        return None
     if (compiled := kernel()) is None:
         return None
     prepare.count_call()

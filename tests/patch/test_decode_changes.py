@@ -14,10 +14,13 @@ from tests.patch.toys import K, N, inputs, layers, stock, toy
 pytestmark = pytest.mark.skipif(not native.load(), reason=f"the compiled operators: {native.reason()}")
 
 
+_compiled = native.layer()
+
+
 @pytest.fixture(autouse=True, params=["compiled look", "python look"])
 def as_shipped(untouched_peft, request, monkeypatch):
     """The number of tokens that users have, by either of the looks at a layer."""
-    assert native.layer() is not None
+    assert _compiled is not None
     if request.param == "python look":
         monkeypatch.setattr(native, "layer", lambda: None)
     with settings.override(min_tokens=128):
@@ -114,8 +117,18 @@ CHANGES = {
 }
 # what PEFT itself cannot run: only who takes it is compared
 BROKEN = {
+    "A_of_a_rank_above_the_most": lambda m: _ranked(layers(m)[0], plan.MAX_RANK + 1),
     "A_of_another_rank": lambda m: setattr(layers(m)[0].lora_A["default"], "weight", nn.Parameter(torch.randn(7, K))),
 }
+
+
+def _ranked(layer, r):
+    _replace_by(layer.lora_A["default"], torch.randn(r, K))
+    _replace_by(layer.lora_B["default"], torch.randn(N, r))
+
+
+def _replace_by(module, tensor):
+    module.weight = nn.Parameter(tensor)
 
 
 class Doubling(nn.Linear):
@@ -197,6 +210,24 @@ def test_only_layers_that_are_to_be_fast():
         assert decode.run(foreign, x) is not None
         peft_fast.disable()  # whoever kept a reference to the guard calls it still
         assert decode.run(layer, x) is None and decode.run(foreign, x) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [{}, {"lora_bias": True}, {"lora_dropout": 0.1}])
+def test_the_compiled_look_takes_the_common_layer(dtype, config):
+    """Who is not taken goes the long way, which nobody would see."""
+    model = toy(base_dtype=dtype, **config).eval()
+    _second(model)
+    model.base_model.set_adapter(["default", "second"])
+    model.eval()
+    layer, x = layers(model)[0], torch.randn(3, 2, K, dtype=dtype)
+    with torch.no_grad():
+        W, bias, low, tokens, rank = _compiled(layer, x, decode._around())
+        assert decode._found(layer, x) == (W, bias, low, tokens, rank, False)
+    assert (tokens, rank, len(low[0])) == (6, 9, 2) and bias is not None
+    layer.base_layer.add_module("base_layer", nn.Linear(K, N))
+    with torch.no_grad():
+        assert _compiled(layer, x, decode._around()) is None and decode._found(layer, x) is None
 
 
 def test_modes_of_the_process(monkeypatch):
