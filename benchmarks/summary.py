@@ -59,9 +59,9 @@ def _kind(bench: str, settings: dict) -> str:
     if bench == "lora_experts":
         return "token" if settings["M"] == 1 else ""
     if bench == "lora_mixed":
-        return (
-            "model" if "tokens" not in (settings.get("shape") or "") else "token" * (" 1 tokens" in settings["shape"])
-        )
+        if settings["model"] == "generate":
+            return "model"
+        return "token" if settings["M"] == settings["adapters"] else ""
     return ""
 
 

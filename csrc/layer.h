@@ -25,14 +25,14 @@ struct Words : adapters::Words {
 // classes, dtypes and what tells of the modes that a call can be in, in the order that the caller names them
 struct Around {
   PyObject *lora, *linear, *forward, *identity, *dropout, *parameter, *tensor, *strided, *f32, *bf16;
-  PyObject *grad, *autocast, *tracing, *functorch, *exporting;  // functions
-  PyObject *forward_ad, *modules;                               // the dicts of Python modules
-  PyObject* state;                                              // of marks.py
+  PyObject *autocast, *tracing, *functorch, *exporting;  // functions
+  PyObject *forward_ad, *modules;                        // the dicts of Python modules
+  PyObject* state;                                       // of marks.py
 
   explicit Around(const py::tuple& of) {
-    PyObject** const to[] = {&lora,    &linear, &forward, &identity, &dropout, &parameter, &tensor,     &strided, &f32,
-                             &bf16,    &grad,   &autocast, &tracing, &functorch, &exporting, &forward_ad, &modules, &state};
-    if (of.size() != std::size(to)) throw py::value_error("18 things around a layer");
+    PyObject** const to[] = {&lora,   &linear,  &forward, &identity, &dropout, &parameter, &tensor,     &strided, &f32,
+                             &bf16,   &autocast, &tracing, &functorch, &exporting, &forward_ad, &modules, &state};
+    if (of.size() != std::size(to)) throw py::value_error("17 things around a layer");
     for (size_t i = 0; i < std::size(to); ++i) *to[i] = of[i].ptr();
     if (!PyDict_Check(forward_ad) || !PyDict_Check(modules)) throw py::value_error("dicts of modules");
   }
@@ -70,7 +70,7 @@ inline py::object children(const py::object& modules, PyObject* name, const Word
 
 // is there no mode, and no hook for every module's call, in which a layer may not run by itself?
 inline bool quiet(const Around& around, const Words& words) {
-  if (!gives(around.grad, Py_False) || !gives(around.autocast, Py_False, words.cpu)) return false;
+  if (!gives(around.autocast, Py_False, words.cpu)) return false;
   const py::object level = item(around.forward_ad, words.level);
   if (!level || !PyLong_Check(level.ptr()) || number(level) >= 0) return false;
   for (PyObject* name : words.global_hooks) {
@@ -82,7 +82,7 @@ inline bool quiet(const Around& around, const Words& words) {
 
 // a layer, x (..., K) and what is around them -> (W, bias, (As, Bs, biases of B, scalings), tokens, ranks together), or
 // None: whatever is not PEFT's lora.Linear over an nn.Linear with adapters, that is to be fast, in float32 or bfloat16
-// and on the processor, called without gradients
+// and on the processor. That nothing wants a gradient is for the caller to see
 inline py::object common(const py::object& self, const py::object& x, const py::tuple& of) {
   static const Words words;
   const Around around(of);

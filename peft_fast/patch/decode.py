@@ -29,7 +29,7 @@ KINDS = (nn.Linear, nn.Identity, nn.Dropout, nn.Parameter, torch.strided)
 def _around() -> tuple:
     """What the compiled look at a whole layer (csrc/layer.h) asks and compares with."""
     linear, *others, strided = KINDS
-    asked = torch.is_grad_enabled, torch.is_autocast_enabled, torch._C._get_tracing_state
+    asked = torch.is_autocast_enabled, torch._C._get_tracing_state
     asked += torch._C._functorch.maybe_current_level, torch.compiler.is_exporting
     named = vars(forward_ad), vars(nn.modules.module), marks.state
     return plan.Linear, linear, alike.torchs, *others, Tensor, strided, *DTYPES, *asked, *named
@@ -37,6 +37,9 @@ def _around() -> tuple:
 
 def run(layer: nn.Module, x: Tensor) -> Tensor | None:
     """x (..., K) -> y (..., N) of a layer that is to be fast and got nothing else, or None: the call is for others."""
+    # where a training step ends
+    if torch.is_grad_enabled():
+        return None
     if (common := whole()) is not None and (found := common(layer, x, _around())) is not None:
         W, bias, low, tokens, rank = found
         transposed = False
@@ -60,8 +63,7 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
 
 def _found(layer, x):
     """(W, bias, adapters, tokens of x (..., K), ranks together, transposed), or None."""
-    # where a training step ends
-    if torch.is_grad_enabled() or not wanted(layer) or (found := base_of(layer, x)) is None:
+    if not wanted(layer) or (found := base_of(layer, x)) is None:
         return None
     W, bias, transposed = found
     names = layer._active_adapter

@@ -123,12 +123,8 @@ BROKEN = {
 
 
 def _ranked(layer, r):
-    _replace_by(layer.lora_A["default"], torch.randn(r, K))
-    _replace_by(layer.lora_B["default"], torch.randn(N, r))
-
-
-def _replace_by(module, tensor):
-    module.weight = nn.Parameter(tensor)
+    layer.lora_A["default"].weight = nn.Parameter(torch.randn(r, K))
+    layer.lora_B["default"].weight = nn.Parameter(torch.randn(N, r))
 
 
 class Doubling(nn.Linear):
