@@ -49,6 +49,8 @@ def _cases() -> list[Case]:
         *[replace(plain, name=f"lead_{m}", lead=(m,)) for m in (1, 2, 3, 4, 5, 8, 9, 16, 32, 97)],
         *[replace(plain, name=f"conv1d_{m}", lead=(m,), transposed=True) for m in (1, 2, 3, 4, 7, 16, 67)],
         replace(plain, name="long_chain", K=5000, N=70),
+        # rows of float32 as long as a page: eight of them at a time, then four, then one
+        replace(plain, name="long_rows", K=1030, N=77),
         # so narrow that sums of many ranks are made at once, the last of which must not reach the next token's
         replace(plain, name="narrow", lead=(3,), K=48, N=40, ranks=(32, 29), p=(0.0,) * 2, scaling=(0.5, 2.0)),
         # of products of pairs too

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <thread>
 
 #include "cpu/scratch.h"
 
@@ -86,15 +88,31 @@ struct Packed {
   }
 };
 
-// each column costs `bytes` of weights
-template <class F>
-void split(int64_t columns, int64_t bytes, int64_t step, const F& f) {
-  const int64_t tasks = ceil_div(columns, step), worth = ceil_div(TASK_BYTES, std::max<int64_t>(1, bytes * step));
+// f of columns, each of which costs `bytes` of weights, and before them g of `head` parts that cost `step` columns each
+template <class G, class F>
+void split(int64_t head, int64_t columns, int64_t bytes, int64_t step, const G& g, const F& f) {
+  const int64_t tasks = head + ceil_div(columns, step);
+  const int64_t worth = ceil_div(TASK_BYTES, std::max<int64_t>(1, bytes * step));
   torch::stable::parallel_for(0, tasks, worth, [&](int64_t t0, int64_t t1) {
-    for (int64_t j = t0 * step; j < std::min(columns, t1 * step); j += COLUMNS)
-      f(j, std::min(COLUMNS, std::min(columns, t1 * step) - j));
+    if (t0 < head) g(t0, std::min(head, t1));
+    const int64_t end = std::min(columns, (t1 - head) * step);
+    for (int64_t j = std::max<int64_t>(0, t0 - head) * step; j < end; j += COLUMNS) f(j, std::min(COLUMNS, end - j));
   });
 }
+
+// what some threads have yet to do before others go on
+class Left {
+ public:
+  explicit Left(int64_t n) : n_(n) {}
+  void done(int64_t n) { n_.fetch_sub(n, std::memory_order_release); }
+  void wait() const {
+    for (int spins = 0; n_.load(std::memory_order_acquire) > 0;)
+      if (++spins % 1024 == 0) std::this_thread::yield();
+  }
+
+ private:
+  std::atomic<int64_t> n_;
+};
 
 // f of each element's bits, the sign shifted out, until one is false
 template <class F>
@@ -207,8 +225,8 @@ Tensor lora_decode(const Tensor& x_, const Tensor& w, const std::optional<Tensor
   std::vector<Job> jobs;
   for (const Low& low : lows)
     for (int64_t j = 0; j < low.r && low.tokens; j += STEP) jobs.push_back({&low, j, std::min(STEP, low.r - j)});
-  const int64_t worth = ceil_div(TASK_BYTES, std::max<int64_t>(1, low_bytes * STEP));
-  torch::stable::parallel_for(0, int64_t(jobs.size()), worth, [&](int64_t j0, int64_t j1) {
+  Left left(int64_t(jobs.size()));
+  const auto lower = [&](int64_t j0, int64_t j1) {
     for (int64_t i = j0; i < j1; ++i) {
       const auto& [low, j, n] = jobs[i];
       float* to = h + low->first * R + low->at + j;
@@ -217,17 +235,27 @@ Tensor lora_decode(const Tensor& x_, const Tensor& w, const std::optional<Tensor
       for (int64_t m = 0; m < low->tokens; ++m)
         for (int64_t k = 0; k < n; ++k) to[m * R + k] *= low->scaling;
     }
-  });
+    left.done(j1 - j0);
+  };
+  const int64_t count = int64_t(jobs.size()), step = columns ? 64 : 16, element = base.bf16 ? 2 : 4;
+  // where each row of A costs what it weighs, H comes first in the threads' one round: who computes none of it begins
+  // with the weight, and waits before the first B. A part of it is as heavy as a step of columns
+  const bool one_round = M <= FEW && order_.empty();
+  const int64_t parts = ceil_div(count * low_bytes * STEP, std::max<int64_t>(1, step * K * element));
+  const int64_t head = one_round && count ? std::max<int64_t>(1, parts) : 0;
+  if (!one_round)
+    torch::stable::parallel_for(0, count, ceil_div(TASK_BYTES, std::max<int64_t>(1, low_bytes * STEP)), lower);
 
   const char* w_data = (const char*)base.data;
-  const int64_t element = base.bf16 ? 2 : 4;
-  split(N, K * element + b_bytes, columns ? 64 : 16, [&](int64_t j, int64_t n) {
+  const auto part_of_lower = [&](int64_t t0, int64_t t1) { lower(t0 * count / head, t1 * count / head); };
+  split(head, N, K * element + b_bytes, step, part_of_lower, [&](int64_t j, int64_t n) {
     Scratch own((M + 2 + (many ? M + r_most : 0)) * COLUMNS * 4);
     float* const c = (float*)own.data();
     float *const sum = c + M * COLUMNS, *const part = sum + COLUMNS;
     const char* at = w_data + j * base.row * element;
     if (columns) wide.sums(at, base.bf16, base.col, n, (const float*)xs.data, ld, K, M, c, COLUMNS);
     else e.dots(at, base.bf16, base.row, n, xe.data, ld, K, M, c, COLUMNS, false);
+    left.wait();
     for (const Low& low : lows) {
       float* to = c + low.first * COLUMNS;
       const float* from = h + low.first * R + low.at;
@@ -252,10 +280,10 @@ Tensor lora_decode(const Tensor& x_, const Tensor& w, const std::optional<Tensor
     }
     Target to{(char*)y.mutable_data_ptr() + j * size, x.source.bf16, N, 1};
     to.bias = lines.empty() ? nullptr : sum;
-    const int64_t step = order_.empty() ? M : 1;
-    for (int64_t m = 0; m < M; m += step)
+    const int64_t rows = order_.empty() ? M : 1;
+    for (int64_t m = 0; m < M; m += rows)
       for (int64_t i = 0; i < n; i += e.nr)
-        e.finish(c + m * COLUMNS + i, COLUMNS, int(step), int(std::min<int64_t>(e.nr, n - i)), order(m), i, to);
+        e.finish(c + m * COLUMNS + i, COLUMNS, int(rows), int(std::min<int64_t>(e.nr, n - i)), order(m), i, to);
   });
   return y;
 }

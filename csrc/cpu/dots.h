@@ -121,7 +121,7 @@ void dots_tile(const typename D::W* w, int64_t row, const typename D::X* x, int6
       vec xs[TM];
 #pragma GCC unroll 4
       for (int t = 0; t < TM; ++t) xs[t] = D::x(x + t * ldx + p + u * D::step);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < RW; ++i) {
         const vec ws = D::load(w + i * row + p + u * D::step);
         if (AHEAD) __builtin_prefetch(w + (RW + i) * row + p + u * D::step, 0, 2);
@@ -131,7 +131,7 @@ void dots_tile(const typename D::W* w, int64_t row, const typename D::X* x, int6
     }
   }
   for (; p < k; p += D::step) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < RW; ++i) {
       const vec ws = p + D::step <= k ? D::load(w + i * row + p) : D::part(w + i * row + p, k - p);
 #pragma GCC unroll 4
@@ -142,16 +142,17 @@ void dots_tile(const typename D::W* w, int64_t row, const typename D::X* x, int6
   for (int t = 0; t < TM; ++t) {
     vec all[RW];
     float s[RW];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < RW; ++i) {
       all[i] = acc[i][t][0];
       if constexpr (U == 2) all[i] += acc[i][t][1];
     }
-    if constexpr (RW == 4) sum_four<V>(all, s);
+    if constexpr (RW % 4 == 0)
+      for (int i = 0; i < RW; i += 4) sum_four<V>(all + i, s + i);
     else
       for (int i = 0; i < RW; ++i) s[i] = sum<V>(all[i]);
     float* to = c + t * ldc;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < RW; ++i) to[i] = add ? to[i] + s[i] : s[i];
   }
 }
@@ -161,6 +162,8 @@ void dots_rows(const typename D::W* w, int64_t row, int64_t n, const typename D:
                float* c, int64_t ldc, bool add) {
   constexpr int RW = V == 16 ? 4 : TM == 1 ? 4 : 2;
   int64_t i = 0;
+  if constexpr (V == 16 && TM == 1 && !AHEAD)  // rows that the processor guesses: more of them at a time, 3 % faster
+    for (; i + 8 <= n; i += 8) dots_tile<D, V, 8, TM, false>(w + i * row, row, x, ldx, k, c + i, ldc, add);
   for (; i + RW <= n; i += RW) dots_tile<D, V, RW, TM, AHEAD>(w + i * row, row, x, ldx, k, c + i, ldc, add);
   for (; i < n; ++i) dots_tile<D, V, 1, TM, false>(w + i * row, row, x, ldx, k, c + i, ldc, add);
 }
@@ -204,7 +207,9 @@ void dots_of(const void* w_, int64_t row, int64_t n, const void* x_, int64_t ldx
 #endif
   // so many rows at a time where tokens or stretches of k take turns: what was read for the first is in the first-level
   // cache for the others, and memory is read along its rows
-  const int64_t block = m > 4 || k > CHAIN * D::step ? 4 : n;
+  const int64_t block = m > 4 || k > CHAIN * D::step ? (m == 1 ? 8 : 4) : n;
+  // of float32 rows as long as a page the processor itself reads ahead, and better: 27 GB/s for 25 (bfloat16: 23 for 25)
+  const bool guessed = sizeof(*w) == 4 && k * 4 >= 4096;
   for (int64_t i = 0; i < n; i += block) {
     const int64_t rows = std::min(n - i, block);
     for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += CHAIN * D::step) {
@@ -221,7 +226,9 @@ void dots_of(const void* w_, int64_t row, int64_t n, const void* x_, int64_t ldx
       if (t + 4 == m) rows_of(four, std::true_type{}, t), t += 4;
       for (; t + 2 < m; t += 2) rows_of(two, std::false_type{}, t);
       if (t + 2 == m) rows_of(two, std::true_type{}, t), t += 2;
-      if (t < m) rows_of(one, std::true_type{}, t);
+      if (t == m) continue;
+      if (guessed) rows_of(one, std::false_type{}, t);
+      else rows_of(one, std::true_type{}, t);
     }
   }
 }

@@ -78,6 +78,23 @@ def test_few_tokens_too(provider, case, dtype, order):
     assert all(numerics.same_bits(one[0], y) for ys in (one, *more) for y in ys)
 
 
+@numerics.each(CROWD, only=("cpu",), every_isa=False)
+@pytest.mark.parametrize("K", [0, 1, 2048])
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_adapters_of_more_rows_than_the_weight_has(provider, case, K, tokens):
+    """Several threads have none but rows of adapters, the others wait for all of them."""
+    torch.manual_seed(0)
+    x, W, bias = torch.randn(tokens, K), torch.randn(40, K), torch.randn(40)
+    As, Bs = [torch.randn(r, K) / 45 for r in (300, 5)], [torch.randn(40, r) for r in (300, 5)]
+    args = x, W, bias, As, Bs, [None, torch.randn(40)], [0.5, 2.0], False
+    with provider.active():
+        one, *more = by_threads(lambda: [torch.ops.peft_fast.lora_decode(*args) for _ in range(20)])
+    assert all(numerics.same_bits(one[0], y) for ys in (one, *more) for y in ys)
+    y = x.double() @ W.double().T + bias + 2.0 * args[5][1].double()
+    y += sum(s * (x.double() @ A.double().T @ B.double().T) for A, B, s in zip(As, Bs, args[6], strict=True))
+    assert torch.allclose(one[0].double(), y, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("provider", [p for p in numerics.providers("nf4") if p.values[0].backend == "cpu"])
 @pytest.mark.parametrize("blocksize", [1, 7, 64])
 def test_nf4_in_several_tasks(provider, blocksize):
