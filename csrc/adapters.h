@@ -3,6 +3,8 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include "proof.h"
+
 namespace peft_fast {
 namespace adapters {
 
@@ -32,23 +34,48 @@ inline py::object attribute(const py::object& of, PyObject* name) {
   return py::reinterpret_steal<py::object>(found);
 }
 
+// what calls of nn.Module ask: classes of the children, and what a tensor is
+struct Kinds {
+  PyObject *linear, *identity, *dropout, *parameter, *strided;
+};
+
+// the __dict__ of an object
+inline py::object own(PyObject* object, Proof& proof) {
+  auto found = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
+  if (!found) throw py::error_already_set();
+  proof.object(object, found.ptr());
+  return found;
+}
+
+// a dict; null if it is none
+inline py::object dict(const py::object& found, Proof& proof) {
+  if (!found || !PyDict_Check(found.ptr())) return {};
+  proof.values(found.ptr());
+  return found;
+}
+
+// is it a dict without anything in it?
+inline bool empty(const py::object& found, Proof& proof) {
+  if (!found || !PyDict_Check(found.ptr()) || PyDict_Size(found.ptr())) return false;
+  proof.size(found.ptr());
+  return true;
+}
+
 // the __dict__ of a module of exactly this class, whose call is its class's forward; else null
-inline py::object untouched(const py::object& module, PyObject* kind, const Words& words) {
+inline py::object untouched(const py::object& module, PyObject* kind, const Words& words, Proof& proof) {
   if (!module || (PyObject*)Py_TYPE(module.ptr()) != kind) return {};
-  auto state = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
-  if (!state) throw py::error_already_set();
-  for (PyObject* hooks : words.hooks) {
-    const py::object own = item(state.ptr(), hooks);
-    if (!own || !PyDict_Check(own.ptr()) || PyDict_Size(own.ptr())) return {};
-  }
+  const py::object state = own(module.ptr(), proof);
+  for (PyObject* hooks : words.hooks)
+    if (!empty(item(state.ptr(), hooks), proof)) return {};
   return item(state.ptr(), words.forward) ? py::object() : state;
 }
 
 // does a dropout drop nothing?
-inline bool idle(const py::object& dropout, PyObject* identity, PyObject* kind, const Words& words) {
+inline bool idle(const py::object& dropout, const Kinds& kinds, const Words& words, Proof& proof) {
   if (!dropout) return false;
-  if ((PyObject*)Py_TYPE(dropout.ptr()) == identity) return bool(untouched(dropout, identity, words));
-  const py::object state = untouched(dropout, kind, words);
+  if ((PyObject*)Py_TYPE(dropout.ptr()) == kinds.identity)
+    return bool(untouched(dropout, kinds.identity, words, proof));
+  const py::object state = untouched(dropout, kinds.dropout, words, proof);
   return state && item(state.ptr(), words.training).is(py::handle(Py_False)) &&
          item(state.ptr(), words.inplace).is(py::handle(Py_False));
 }
@@ -69,39 +96,72 @@ inline Py_ssize_t size(const py::object& tensor, int i, const Words& words) {
   return PyLong_AsSsize_t(PyTuple_GET_ITEM(shape.ptr(), i));
 }
 
+// of an adapter: A (r, K), B (N, r), the bias of B (N,) or None, and scaling
+struct Low {
+  py::object A, B, bias, scaling;
+};
+
+// the dicts of lora_A, lora_B and lora_dropout, and of scalings
+struct Dicts {
+  py::object loras_A, loras_B, dropouts, scalings;
+};
+
+// an adapter that lora_A has, by its modules; false where they are not the common case
+inline bool modules(const Dicts& of, PyObject* name, const Kinds& kinds, const Words& words, Low& low, Proof& proof) {
+  const py::object lora_A = item(of.loras_A.ptr(), name), lora_B = item(of.loras_B.ptr(), name);
+  const py::object state_A = untouched(lora_A, kinds.linear, words, proof);
+  const py::object state_B = untouched(lora_B, kinds.linear, words, proof);
+  low.scaling = item(of.scalings.ptr(), name);
+  if (!state_A || !state_B || !low.scaling || !PyFloat_CheckExact(low.scaling.ptr())) return false;
+  if (!idle(item(of.dropouts.ptr(), name), kinds, words, proof)) return false;
+  const py::object own_A = dict(item(state_A.ptr(), words.parameters), proof);
+  const py::object own_B = dict(item(state_B.ptr(), words.parameters), proof);
+  if (!own_A || !own_B) return false;
+  low.A = item(own_A.ptr(), words.weight), low.B = item(own_B.ptr(), words.weight);
+  low.bias = item(own_B.ptr(), words.bias);
+  const py::object none = item(own_A.ptr(), words.bias);
+  return low.A && low.B && low.bias && none && none.is_none();
+}
+
+// its rank by its tensors; -1 where they are not the common case, or of another dtype than the one given
+inline Py_ssize_t tensors(const Low& low, const Kinds& kinds, py::object& dtype, const Words& words) {
+  if (!dense(low.A, kinds.parameter, kinds.strided, dtype, words) ||
+      !dense(low.B, kinds.parameter, kinds.strided, dtype, words) ||
+      !(low.bias.is_none() || dense(low.bias, kinds.parameter, kinds.strided, dtype, words)))
+    return -1;
+  const Py_ssize_t r = size(low.A, 0, words);
+  return r == size(low.B, 1, words) ? r : -1;
+}
+
+// adapters as the operators take them
+struct Lists {
+  py::list As, Bs, biases, scalings;
+
+  void append(const Low& low) { As.append(low.A), Bs.append(low.B), biases.append(low.bias), scalings.append(low.scaling); }
+  py::tuple all() const { return py::make_tuple(As, Bs, biases, scalings); }
+};
+
 // the dicts of lora_A, lora_B and lora_dropout, of scalings, the names, and (nn.Linear, nn.Identity, nn.Dropout,
 // nn.Parameter, torch.strided) -> (As, Bs, biases of B, scalings) of those that lora_A has; None where any is not the
 // common case, or one is of another dtype than the first
 inline py::object common(const py::object& loras_A, const py::object& loras_B, const py::object& dropouts,
-                         const py::object& scalings, const py::object& names, const py::tuple& kinds) {
+                         const py::object& scalings, const py::object& names, const py::tuple& of) {
   static const Words words;
-  if (kinds.size() != 5) throw py::value_error("five kinds");
-  for (const py::object& dict : {loras_A, loras_B, dropouts, scalings})
-    if (!PyDict_Check(dict.ptr())) return py::none();
-  PyObject *linear = kinds[0].ptr(), *identity = kinds[1].ptr(), *dropout = kinds[2].ptr(),
-           *parameter = kinds[3].ptr(), *strided = kinds[4].ptr();
-  py::list As, Bs, biases, numbers;
+  if (of.size() != 5) throw py::value_error("five kinds");
+  const Kinds kinds{of[0].ptr(), of[1].ptr(), of[2].ptr(), of[3].ptr(), of[4].ptr()};
+  for (const py::object& found : {loras_A, loras_B, dropouts, scalings})
+    if (!PyDict_Check(found.ptr())) return py::none();
+  Proof proof(false);
+  Lists lists;
   py::object dtype;
   for (const py::handle name : names) {
-    const py::object lora_A = item(loras_A.ptr(), name.ptr());
-    if (!lora_A) continue;
-    const py::object lora_B = item(loras_B.ptr(), name.ptr()), scaling = item(scalings.ptr(), name.ptr());
-    const py::object of_A = untouched(lora_A, linear, words), of_B = untouched(lora_B, linear, words);
-    if (!of_A || !of_B || !scaling || !PyFloat_CheckExact(scaling.ptr())) return py::none();
-    if (!idle(item(dropouts.ptr(), name.ptr()), identity, dropout, words)) return py::none();
-    const py::object own_A = item(of_A.ptr(), words.parameters), own_B = item(of_B.ptr(), words.parameters);
-    if (!own_A || !own_B || !PyDict_Check(own_A.ptr()) || !PyDict_Check(own_B.ptr())) return py::none();
-    const py::object A = item(own_A.ptr(), words.weight), B = item(own_B.ptr(), words.weight);
-    const py::object bias = item(own_B.ptr(), words.bias), none = item(own_A.ptr(), words.bias);
-    if (!bias || !none || !none.is_none() || !dense(A, parameter, strided, dtype, words) ||
-        !dense(B, parameter, strided, dtype, words) ||
-        !(bias.is_none() || dense(bias, parameter, strided, dtype, words)))
-      return py::none();
-    const Py_ssize_t r = size(A, 0, words);
-    if (r < 0 || r != size(B, 1, words)) return py::none();
-    As.append(A), Bs.append(B), biases.append(bias), numbers.append(scaling);
+    if (!item(loras_A.ptr(), name.ptr())) continue;
+    Low low;
+    if (!modules({loras_A, loras_B, dropouts, scalings}, name.ptr(), kinds, words, low, proof)) return py::none();
+    if (tensors(low, kinds, dtype, words) < 0) return py::none();
+    lists.append(low);
   }
-  return py::make_tuple(As, Bs, biases, numbers);
+  return lists.all();
 }
 
 }  // namespace adapters

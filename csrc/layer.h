@@ -1,6 +1,10 @@
 // Looks at a whole LoRA layer and what it is called with, as peft_fast/patch/decode.py does in Python, where the common
-// case is all there is to find: nothing is remembered that an answer could depend on.
+// case is all there is to find. What its modules are is kept with a proof, and found anew where that stands no more; the
+// tensors, x and the modes of the process are asked every time.
 #pragma once
+#include <memory>
+#include <unordered_map>
+
 #include "adapters.h"
 
 namespace peft_fast {
@@ -9,6 +13,7 @@ namespace layer {
 namespace py = pybind11;
 using adapters::attribute;
 using adapters::item;
+using adapters::own;
 
 // attributes and keys, made once
 struct Words : adapters::Words {
@@ -29,6 +34,7 @@ struct Around {
   PyObject *forward_ad, *modules;                        // the dicts of Python modules
   PyObject* state;                                       // of marks.py
 
+  adapters::Kinds kinds() const { return {linear, identity, dropout, parameter, strided}; }
   explicit Around(const py::tuple& of) {
     PyObject** const to[] = {&lora,   &linear,  &forward, &identity, &dropout, &parameter, &tensor,     &strided, &f32,
                              &bf16,   &autocast, &tracing, &functorch, &exporting, &forward_ad, &modules, &state};
@@ -51,34 +57,112 @@ inline long number(const py::object& found) {
   return n;
 }
 
-inline py::object own(const py::object& module) {
-  PyObject* found = PyObject_GenericGetDict(module.ptr(), nullptr);
-  if (!found) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(found);
-}
-
 inline bool none(const py::object& found) { return !found || found.is_none(); }
-inline bool dict(const py::object& found) { return found && PyDict_Check(found.ptr()); }
 
 // the children of a module that is one of a layer's; null if there are none
-inline py::object children(const py::object& modules, PyObject* name, const Words& words) {
+inline py::object children(const py::object& modules, PyObject* name, const Words& words, Proof& proof) {
   const py::object module = item(modules.ptr(), name);
-  if (!module) return {};
-  const py::object found = item(own(module).ptr(), words.modules);
-  return dict(found) ? found : py::object();
+  return module ? adapters::dict(item(own(module.ptr(), proof).ptr(), words.modules), proof) : py::object();
 }
 
-// is there no mode, and no hook for every module's call, in which a layer may not run by itself?
+// is there no mode in which a layer may not run by itself?
 inline bool quiet(const Around& around, const Words& words) {
   if (!gives(around.autocast, Py_False, words.cpu)) return false;
   const py::object level = item(around.forward_ad, words.level);
   if (!level || !PyLong_Check(level.ptr()) || number(level) >= 0) return false;
-  for (PyObject* name : words.global_hooks) {
-    const py::object hooks = item(around.modules, name);
-    if (!dict(hooks) || PyDict_Size(hooks.ptr())) return false;
-  }
   return gives(around.tracing, Py_None) && gives(around.functorch, Py_None) && gives(around.exporting, Py_False);
 }
+
+// what a layer is made of
+struct Found {
+  py::object W, bias;
+  std::vector<adapters::Low> lows;
+  bool casts;  // x to the adapters' dtype
+};
+
+// a layer that is to be fast, by its modules and the switches of the process; false where that is not the common case
+inline bool modules(const py::object& self, const Around& around, const Words& words, Found& found, Proof& proof) {
+  if ((PyObject*)Py_TYPE(self.ptr()) != around.lora) return false;
+  const py::object switches = own(around.state, proof), state = own(self.ptr(), proof);
+  if (!item(switches.ptr(), words.off).is(py::handle(Py_False))) return false;
+  if (number(item(switches.ptr(), words.paused)) != 0) return false;
+  proof.values(around.modules);
+  for (PyObject* name : words.global_hooks)
+    if (!adapters::empty(item(around.modules, name), proof)) return false;
+  const py::object merged = item(state.ptr(), words.merged);
+  if (!item(state.ptr(), words.disabled).is(py::handle(Py_False))) return false;
+  if (!merged || !PyList_Check(merged.ptr()) || PyList_Size(merged.ptr())) return false;
+  proof.items(merged.ptr());
+  if (!adapters::empty(item(state.ptr(), words.variants), proof)) return false;
+  const py::object parts = adapters::dict(item(state.ptr(), words.modules), proof);
+  if (!parts) return false;
+
+  const py::object base = adapters::untouched(item(parts.ptr(), words.base), around.linear, words, proof);
+  if (!base || !none(item(base.ptr(), words.tensor_parallel))) return false;
+  if (!item(switches.ptr(), words.everywhere).is(py::handle(Py_True)) && !item(base.ptr(), words.mark)) return false;
+  if (!adapters::empty(item(base.ptr(), words.modules), proof)) return false;  // the mark is the innermost layer's
+  const py::object parameters = adapters::dict(item(base.ptr(), words.parameters), proof);
+  if (!parameters) return false;
+  found.W = item(parameters.ptr(), words.weight), found.bias = item(parameters.ptr(), words.bias);
+
+  const adapters::Dicts of{children(parts, words.loras_A, words, proof), children(parts, words.loras_B, words, proof),
+                           children(parts, words.dropouts, words, proof),
+                           adapters::dict(item(state.ptr(), words.scaling), proof)};
+  py::object names = item(state.ptr(), words.active);
+  if (!of.loras_A || !of.loras_B || !of.dropouts || !of.scalings || !names) return false;
+  if (PyUnicode_Check(names.ptr())) names = py::make_tuple(names);
+  else if (PyList_Check(names.ptr())) proof.items(names.ptr());
+  else if (!PyTuple_Check(names.ptr())) return false;
+  for (const py::handle name : names) {
+    if (!item(of.loras_A.ptr(), name.ptr())) continue;
+    found.lows.emplace_back();
+    if (!adapters::modules(of, name.ptr(), around.kinds(), words, found.lows.back(), proof)) return false;
+  }
+  found.casts = item(state.ptr(), words.casts).is(py::handle(Py_True));
+  return !found.lows.empty();
+}
+
+// what modules() found, as long as its proof stands: nothing here keeps a model alive
+struct Seen {
+  Proof proof;
+  py::object around, gone;  // whom it was found for; a reference to the layer that takes this away with it
+  PyObject *W = nullptr, *bias = nullptr;
+  struct Low {
+    PyObject *A, *B, *bias, *scaling;
+  };
+  std::vector<Low> lows;
+  bool casts = false;
+
+  static std::unordered_map<PyObject*, std::unique_ptr<Seen>>& all() {
+    static auto* const seen = new std::unordered_map<PyObject*, std::unique_ptr<Seen>>;  // outlives the interpreter
+    return *seen;
+  }
+
+  static bool of(const py::object& self, const py::tuple& around, Found& found) {
+    const auto at = all().find(self.ptr());
+    if (at == all().end() || !at->second->around.is(around) || !at->second->proof.stands()) return false;
+    const auto owned = [](PyObject* of) { return py::reinterpret_borrow<py::object>(of); };
+    const Seen& seen = *at->second;
+    found = {owned(seen.W), owned(seen.bias), {}, seen.casts};
+    for (const Low& low : seen.lows)
+      found.lows.push_back({owned(low.A), owned(low.B), owned(low.bias), owned(low.scaling)});
+    return true;
+  }
+
+  static void keep(const py::object& self, const py::tuple& around, const Found& found, Proof&& proof) {
+    if (!PROVABLE) return;
+    PyObject* const key = self.ptr();
+    auto& kept = all()[key];
+    if (!kept) {
+      kept = std::make_unique<Seen>();
+      kept->gone = py::weakref(self, py::cpp_function([key](py::handle) { all().erase(key); }));
+    }
+    kept->proof = std::move(proof), kept->around = around, kept->W = found.W.ptr(), kept->bias = found.bias.ptr();
+    kept->lows.clear(), kept->casts = found.casts;
+    for (const adapters::Low& low : found.lows)
+      kept->lows.push_back({low.A.ptr(), low.B.ptr(), low.bias.ptr(), low.scaling.ptr()});
+  }
+};
 
 // a layer, x (..., K) and what is around them -> (W, bias, (As, Bs, biases of B, scalings), tokens, ranks together), or
 // None: whatever is not PEFT's lora.Linear over an nn.Linear with adapters, that is to be fast, in float32 or bfloat16
@@ -86,30 +170,20 @@ inline bool quiet(const Around& around, const Words& words) {
 inline py::object common(const py::object& self, const py::object& x, const py::tuple& of) {
   static const Words words;
   const Around around(of);
+  const adapters::Kinds kinds = around.kinds();
   const auto other = [] { return py::object(py::none()); };
-  if ((PyObject*)Py_TYPE(self.ptr()) != around.lora) return other();
-  if (!quiet(around, words)) return other();
-  const py::object switches = own(py::reinterpret_borrow<py::object>(around.state)), state = own(self);
-  if (!item(switches.ptr(), words.off).is(py::handle(Py_False))) return other();
-  if (number(item(switches.ptr(), words.paused)) != 0) return other();
-  const py::object merged = item(state.ptr(), words.merged), variants = item(state.ptr(), words.variants);
-  if (!item(state.ptr(), words.disabled).is(py::handle(Py_False))) return other();
-  if (!merged || !PyList_Check(merged.ptr()) || PyList_Size(merged.ptr())) return other();
-  if (!dict(variants) || PyDict_Size(variants.ptr())) return other();
-  const py::object modules = item(state.ptr(), words.modules);
-  if (!dict(modules)) return other();
-
-  const py::object base = adapters::untouched(item(modules.ptr(), words.base), around.linear, words);
-  if (!base || !none(item(base.ptr(), words.tensor_parallel))) return other();
-  if (!item(switches.ptr(), words.everywhere).is(py::handle(Py_True)) && !item(base.ptr(), words.mark)) return other();
+  if ((PyObject*)Py_TYPE(self.ptr()) != around.lora || !quiet(around, words)) return other();
+  Found found;
+  if (!Seen::of(self, of, found)) {
+    Proof proof;
+    if (!modules(self, around, words, found, proof)) return other();
+    Seen::keep(self, of, found, std::move(proof));
+  }
   const py::object linear = py::reinterpret_borrow<py::object>(around.linear);
   if (!attribute(linear, words.forward).is(py::handle(around.forward))) return other();
-  const py::object inside = item(base.ptr(), words.modules);  // the mark is the innermost layer's
-  if (!dict(inside) || PyDict_Size(inside.ptr())) return other();
-  const py::object parameters = item(base.ptr(), words.parameters);
-  if (!dict(parameters)) return other();
-  const py::object W = item(parameters.ptr(), words.weight), bias = item(parameters.ptr(), words.bias);
-  py::object dtype;
+
+  const auto& [W, bias, lows, casts] = found;
+  py::object dtype, kind;
   if (!adapters::dense(W, around.parameter, around.strided, dtype, words)) return other();
   if (!dtype.is(py::handle(around.f32)) && !dtype.is(py::handle(around.bf16))) return other();
   if (!none(bias) && !adapters::dense(bias, around.parameter, around.strided, dtype, words)) return other();
@@ -126,25 +200,15 @@ inline py::object common(const py::object& self, const py::object& x, const py::
   if (PyErr_Occurred()) throw py::error_already_set();
   if (K != adapters::size(W, 1, words)) return other();
 
-  const py::object loras_A = children(modules, words.loras_A, words), loras_B = children(modules, words.loras_B, words);
-  const py::object dropouts = children(modules, words.dropouts, words), scaling = item(state.ptr(), words.scaling);
-  py::object names = item(state.ptr(), words.active);
-  if (!loras_A || !loras_B || !dropouts || !dict(scaling) || !names) return other();
-  if (PyUnicode_Check(names.ptr())) names = py::make_tuple(names);
-  else if (!PyList_Check(names.ptr()) && !PyTuple_Check(names.ptr())) return other();
-  const py::tuple parts = py::make_tuple(linear, py::handle(around.identity), py::handle(around.dropout),
-                                         py::handle(around.parameter), py::handle(around.strided));
-  const py::object low = adapters::common(loras_A, loras_B, dropouts, scaling, names, parts);
-  if (low.is_none()) return other();
-  const py::object As = low[py::int_(0)];
-  const Py_ssize_t count = PyList_GET_SIZE(As.ptr());
-  if (count == 0) return other();
-  for (Py_ssize_t i = 0; i < count; ++i)
-    rank += adapters::size(py::reinterpret_borrow<py::object>(PyList_GET_ITEM(As.ptr(), i)), 0, words);
-  const py::object kind = attribute(py::reinterpret_borrow<py::object>(PyList_GET_ITEM(As.ptr(), 0)), words.dtype);
-  const bool cast = kind.is(py::handle(around.f32)) && item(state.ptr(), words.casts).is(py::handle(Py_True));
-  if (!kind.is(dtype) && !cast) return other();
-  return py::make_tuple(W, none(bias) ? other() : bias, low, tokens, rank);
+  adapters::Lists lists;
+  for (const adapters::Low& low : lows) {
+    const Py_ssize_t r = adapters::tensors(low, kinds, kind, words);
+    if (r < 0) return other();
+    rank += r;
+    lists.append(low);
+  }
+  if (!kind.is(dtype) && !(kind.is(py::handle(around.f32)) && casts)) return other();
+  return py::make_tuple(W, none(bias) ? other() : bias, lists.all(), tokens, rank);
 }
 
 }  // namespace layer
