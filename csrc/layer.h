@@ -6,6 +6,7 @@
 #include <unordered_map>
 
 #include "adapters.h"
+#include "cpu/few_tokens.h"
 
 namespace peft_fast {
 namespace layer {
@@ -22,7 +23,10 @@ struct Words : adapters::Words {
            *active = word("_active_adapter"), *loras_A = word("lora_A"), *loras_B = word("lora_B"),
            *dropouts = word("lora_dropout"), *scaling = word("scaling"), *casts = word("cast_input_dtype_enabled"),
            *is_nested = word("is_nested"), *level = word("_current_level"), *cpu = word("cpu"), *off = word("off"),
-           *paused = word("paused"), *everywhere = word("everywhere"), *mark = word("_peft_fast");
+           *paused = word("paused"), *everywhere = word("everywhere"), *mark = word("_peft_fast"),
+           *current = word("_current"), *backend = word("backend"), *disable = word("disable"),
+           *min_tokens = word("min_tokens"), *calls = word("_calls"), *fast = word("fast"),
+           *is_contiguous = word("is_contiguous"), *is_neg = word("is_neg"), *data_ptr = word("data_ptr"), *new_empty = word("new_empty");
   PyObject* global_hooks[4] = {word("_global_forward_hooks"), word("_global_forward_pre_hooks"),
                                word("_global_backward_hooks"), word("_global_backward_pre_hooks")};
 };
@@ -33,15 +37,23 @@ struct Around {
   PyObject *autocast, *tracing, *functorch, *exporting;  // functions
   PyObject *forward_ad, *modules;                        // the dicts of Python modules
   PyObject* state;                                       // of marks.py
+  PyObject *function_modes, *dispatch_modes, *profiling;  // functions
+  PyObject *settings, *calls, *layers;                   // dicts: of two modules, and of the ledger's layers
+  PyObject *tally, *process;                             // the ledger's function and its tally of all
+  PyObject *most, *ranks, *few_tokens;                   // limits, and where few_tokens() is
 
-  adapters::Kinds kinds() const { return {linear, identity, dropout, parameter, strided}; }
   explicit Around(const py::tuple& of) {
-    PyObject** const to[] = {&lora,   &linear,  &forward, &identity, &dropout, &parameter, &tensor,     &strided, &f32,
-                             &bf16,   &autocast, &tracing, &functorch, &exporting, &forward_ad, &modules, &state};
-    if (of.size() != std::size(to)) throw py::value_error("17 things around a layer");
+    PyObject** const to[] = {&lora,     &linear,  &forward,        &identity,       &dropout,   &parameter, &tensor,
+                             &strided,  &f32,     &bf16,           &autocast,       &tracing,   &functorch, &exporting,
+                             &forward_ad, &modules, &state,        &function_modes, &dispatch_modes, &profiling,
+                             &settings, &calls,   &layers,         &tally,          &process,   &most,      &ranks,
+                             &few_tokens};
+    if (of.size() != std::size(to)) throw py::value_error("28 things around a layer");
     for (size_t i = 0; i < std::size(to); ++i) *to[i] = of[i].ptr();
-    if (!PyDict_Check(forward_ad) || !PyDict_Check(modules)) throw py::value_error("dicts of modules");
+    for (PyObject* dict : {forward_ad, modules, settings, calls, layers})
+      if (!PyDict_Check(dict)) throw py::value_error("dicts of modules and layers");
   }
+  adapters::Kinds kinds() const { return {linear, identity, dropout, parameter, strided}; }
 };
 
 // does f() give just this?
@@ -164,51 +176,175 @@ struct Seen {
   }
 };
 
-// a layer, x (..., K) and what is around them -> (W, bias, (As, Bs, biases of B, scalings), tokens, ranks together), or
-// None: whatever is not PEFT's lora.Linear over an nn.Linear with adapters, that is to be fast, in float32 or bfloat16
-// and on the processor. That nothing wants a gradient is for the caller to see
-inline py::object common(const py::object& self, const py::object& x, const py::tuple& of) {
-  static const Words words;
-  const Around around(of);
-  const adapters::Kinds kinds = around.kinds();
-  const auto other = [] { return py::object(py::none()); };
-  if ((PyObject*)Py_TYPE(self.ptr()) != around.lora || !quiet(around, words)) return other();
-  Found found;
-  if (!Seen::of(self, of, found)) {
+// a call: what a layer is made of, and what x is
+struct Call : Found {
+  py::object shape;                // of x
+  Py_ssize_t tokens = 1, K = 0, rank = 0;  // all adapters' together
+  bool bf16, low_bf16;
+};
+
+// is it PEFT's lora.Linear over an nn.Linear with adapters, that is to be fast, in float32 or bfloat16 and on the
+// processor, called with x (..., K)? That nothing wants a gradient is for the caller to see
+inline bool look(const py::object& self, const py::object& x, const py::tuple& of, const Around& around,
+                 const Words& words, Call& call) {
+  if ((PyObject*)Py_TYPE(self.ptr()) != around.lora || !quiet(around, words)) return false;
+  if (!Seen::of(self, of, call)) {
     Proof proof;
-    if (!modules(self, around, words, found, proof)) return other();
-    Seen::keep(self, of, found, std::move(proof));
+    if (!modules(self, around, words, call, proof)) return false;
+    Seen::keep(self, of, call, std::move(proof));
   }
   const py::object linear = py::reinterpret_borrow<py::object>(around.linear);
-  if (!attribute(linear, words.forward).is(py::handle(around.forward))) return other();
+  if (!attribute(linear, words.forward).is(py::handle(around.forward))) return false;
 
-  const auto& [W, bias, lows, casts] = found;
   py::object dtype, kind;
-  if (!adapters::dense(W, around.parameter, around.strided, dtype, words)) return other();
-  if (!dtype.is(py::handle(around.f32)) && !dtype.is(py::handle(around.bf16))) return other();
-  if (!none(bias) && !adapters::dense(bias, around.parameter, around.strided, dtype, words)) return other();
+  if (!adapters::dense(call.W, around.parameter, around.strided, dtype, words)) return false;
+  call.bf16 = dtype.is(py::handle(around.bf16));
+  if (!call.bf16 && !dtype.is(py::handle(around.f32))) return false;
+  if (!none(call.bias) && !adapters::dense(call.bias, around.parameter, around.strided, dtype, words)) return false;
 
-  if (!adapters::dense(x, around.tensor, around.strided, dtype, words)) return other();
-  if (!attribute(x, words.is_nested).is(py::handle(Py_False))) return other();
-  const py::object shape = attribute(x, words.shape);
-  if (!PyTuple_Check(shape.ptr())) return other();
-  const Py_ssize_t dims = PyTuple_GET_SIZE(shape.ptr());
-  if (dims == 0) return other();
-  Py_ssize_t tokens = 1, rank = 0;
-  for (Py_ssize_t i = 0; i + 1 < dims; ++i) tokens *= PyLong_AsSsize_t(PyTuple_GET_ITEM(shape.ptr(), i));
-  const Py_ssize_t K = PyLong_AsSsize_t(PyTuple_GET_ITEM(shape.ptr(), dims - 1));
+  if (!adapters::dense(x, around.tensor, around.strided, dtype, words)) return false;
+  if (!attribute(x, words.is_nested).is(py::handle(Py_False))) return false;
+  call.shape = attribute(x, words.shape);
+  if (!PyTuple_Check(call.shape.ptr())) return false;
+  const Py_ssize_t dims = PyTuple_GET_SIZE(call.shape.ptr());
+  if (dims == 0) return false;
+  const auto size = [&](Py_ssize_t i) { return PyLong_AsSsize_t(PyTuple_GET_ITEM(call.shape.ptr(), i)); };
+  for (Py_ssize_t i = 0; i + 1 < dims; ++i) call.tokens *= size(i);
+  call.K = size(dims - 1);
   if (PyErr_Occurred()) throw py::error_already_set();
-  if (K != adapters::size(W, 1, words)) return other();
+  if (call.K != adapters::size(call.W, 1, words)) return false;
 
-  adapters::Lists lists;
-  for (const adapters::Low& low : lows) {
-    const Py_ssize_t r = adapters::tensors(low, kinds, kind, words);
-    if (r < 0) return other();
-    rank += r;
-    lists.append(low);
+  for (const adapters::Low& low : call.lows) {
+    const Py_ssize_t r = adapters::tensors(low, around.kinds(), kind, words);
+    if (r < 0) return false;
+    call.rank += r;
   }
-  if (!kind.is(dtype) && !(kind.is(py::handle(around.f32)) && casts)) return other();
-  return py::make_tuple(W, none(bias) ? other() : bias, lists.all(), tokens, rank);
+  call.low_bf16 = kind.is(py::handle(around.bf16));
+  return kind.is(dtype) || (kind.is(py::handle(around.f32)) && call.casts);
+}
+
+// a layer, x (..., K) and what is around them -> (W, bias, (As, Bs, biases of B, scalings), tokens, ranks together), or
+// None
+inline py::object common(const py::object& self, const py::object& x, const py::tuple& of) {
+  static const Words words;
+  Call call;
+  if (!look(self, x, of, Around(of), words, call)) return py::none();
+  adapters::Lists lists;
+  for (const adapters::Low& low : call.lows) lists.append(low);
+  const py::object bias = none(call.bias) ? py::object(py::none()) : call.bias;
+  return py::make_tuple(call.W, bias, lists.all(), call.tokens, call.rank);
+}
+
+// do the settings leave a call to the compiled kernels?
+inline bool settled(const Around& around, const Words& words, Py_ssize_t tokens) {
+  static PyObject* known = nullptr;  // whose answers these are; owned, so that no other can be where it was
+  static Py_ssize_t below = 0;
+  const py::object now = item(around.settings, words.current);
+  if (none(now)) return false;
+  if (now.ptr() != known) {
+    const std::string backend = py::str(attribute(now, words.backend));
+    const bool compiled = backend == "auto" || backend == "cpu";
+    const bool fast = compiled && attribute(now, words.disable).is(py::handle(Py_False));
+    below = fast ? number(attribute(now, words.min_tokens)) : 0;
+    Py_XDECREF(known);
+    Py_INCREF(known = now.ptr());
+  }
+  return tokens < below;
+}
+
+inline void add_one(const py::object& to, PyObject* name) {
+  const auto sum = py::reinterpret_steal<py::object>(PyNumber_Add(attribute(to, name).ptr(), py::int_(1).ptr()));
+  if (!sum || PyObject_SetAttr(to.ptr(), name, sum.ptr())) throw py::error_already_set();
+}
+
+// books a call as ops/prepare.py and patch/ledger.py do
+inline void count(const py::object& self, const Around& around, const Words& words) {
+  const py::object calls = item(around.calls, words.calls), one = py::int_(1);
+  const auto sum = py::reinterpret_steal<py::object>(PyNumber_Add(calls.ptr(), one.ptr()));
+  if (!sum || PyDict_SetItem(around.calls, words.calls, sum.ptr())) throw py::error_already_set();
+  const auto id = py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(self.ptr()));
+  const py::object kept = item(around.layers, id.ptr());
+  const auto tally = kept && PyTuple_Check(kept.ptr()) && PyTuple_GET_SIZE(kept.ptr()) == 2
+      ? py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(kept.ptr(), 1))
+      : py::reinterpret_steal<py::object>(PyObject_CallOneArg(around.tally, self.ptr()));
+  if (!tally) throw py::error_already_set();
+  add_one(tally, words.fast);
+  add_one(py::reinterpret_borrow<py::object>(around.process), words.fast);
+}
+
+// where a dense tensor's values are; null if they do not lie side by side, or are not what memory holds
+inline const void* values(const py::object& tensor, const Words& words) {
+  const auto call = [&](PyObject* method) {
+    auto found = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method));
+    if (!found) throw py::error_already_set();
+    return found;
+  };
+  if (!call(words.is_contiguous).is(py::handle(Py_True)) || !call(words.is_neg).is(py::handle(Py_False))) return nullptr;
+  void* const at = PyLong_AsVoidPtr(call(words.data_ptr).ptr());
+  if (!at && PyErr_Occurred()) throw py::error_already_set();
+  return at;
+}
+
+// a layer and x (..., K) -> y (..., N) by lora_decode's arithmetic, without its way through torch's dispatcher, which
+// costs as much as some layers; or None where it is not the common case, or somebody watches what torch calls
+inline py::object decode(const py::object& self, const py::object& x, const py::tuple& of) {
+  static const Words words;
+  const Around around(of);
+  const auto limit = [](PyObject* n) { return PyLong_AsSsize_t(n); };
+  Call call;
+  if (!PyLong_Check(around.few_tokens) || !look(self, x, of, around, words, call)) return py::none();
+  const Py_ssize_t N = adapters::size(call.W, 0, words);
+  if (call.tokens < 1 || call.tokens > limit(around.most) || N < 1 || call.K < 1 || call.rank > limit(around.ranks))
+    return py::none();
+  if (!settled(around, words, call.tokens)) return py::none();
+  for (PyObject* modes : {around.function_modes, around.dispatch_modes}) {
+    const auto depth = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(modes));
+    if (!depth || number(depth) != 0) return py::none();
+  }
+  if (!gives(around.profiling, Py_False)) return py::none();
+
+  FewTokens few{};
+  few.M = call.tokens, few.K = call.K, few.N = N;
+  few.x = {values(x, words), call.bf16, call.K};
+  few.w = values(call.W, words), few.w_bf16 = call.bf16, few.w_row = call.K, few.w_col = 1;
+  if (!few.x.data || !few.w) return py::none();
+  // vectors that do not fit are the operator's to refuse
+  const auto line = [&](const py::object& of, bool bf16, FewTokens::Line& to) {
+    if (none(of)) return true;
+    const py::object shape = attribute(of, words.shape);
+    if (!PyTuple_Check(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) != 1) return false;
+    if (PyLong_AsSsize_t(PyTuple_GET_ITEM(shape.ptr(), 0)) != N) return false;
+    to = {values(of, words), bf16, 1};
+    return to.data != nullptr;
+  };
+  if (!line(call.bias, call.bf16, few.bias)) return py::none();
+  std::vector<FewTokens::Low> lows;
+  for (const adapters::Low& low : call.lows) {
+    const Py_ssize_t r = adapters::size(low.A, 0, words);
+    if (r < 1 || adapters::size(low.A, 1, words) != call.K || adapters::size(low.B, 0, words) != N) return py::none();
+    lows.push_back({{values(low.A, words), call.low_bf16, call.K}, {values(low.B, words), call.low_bf16, r}, {}, r,
+                    PyFloat_AS_DOUBLE(low.scaling.ptr()), 0});
+    if (!lows.back().a.data || !lows.back().b.data) return py::none();
+    if (!line(low.bias, call.low_bf16, lows.back().bias)) return py::none();
+  }
+  few.lows = lows.data(), few.n_lows = int64_t(lows.size());
+
+  py::tuple shape(PyTuple_GET_SIZE(call.shape.ptr()));
+  for (size_t i = 0; i + 1 < shape.size(); ++i)
+    shape[i] = py::handle(PyTuple_GET_ITEM(call.shape.ptr(), Py_ssize_t(i)));
+  shape[shape.size() - 1] = py::int_(N);
+  const auto y = py::reinterpret_steal<py::object>(PyObject_CallMethodOneArg(x.ptr(), words.new_empty, shape.ptr()));
+  if (!y) throw py::error_already_set();
+  if (!(few.y = const_cast<void*>(values(y, words)))) return py::none();
+  const auto run = (decltype(&peft_fast_few_tokens))PyLong_AsVoidPtr(around.few_tokens);
+  int ran = 0;
+  {
+    const py::gil_scoped_release released;
+    ran = run(&few);
+  }
+  if (!ran) return py::none();
+  count(self, around, words);
+  return y;
 }
 
 }  // namespace layer

@@ -50,5 +50,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("intel", &intel, "Is this a processor of Intel's?");
   m.def("adapters", &peft_fast::adapters::common, "What a layer's adapters are, in the common case; else None.");
   m.def("layer", &peft_fast::layer::common, "What a layer is and is called with, in the common case; else None.");
+  m.def("decode", &peft_fast::layer::decode, "What a layer gives for few tokens, in the common case; else None.");
   m.def("build_info", &build_info, "Compiler and versions of this build.");
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -109,6 +110,21 @@ def adapters() -> Callable | None:
 def layer() -> Callable | None:
     """What looks at a whole LoRA layer (csrc/layer.h), or None: it is not built, or of older sources."""
     return getattr(_module(), "layer", None)
+
+
+@functools.cache
+def decode() -> Callable | None:
+    """What runs a whole LoRA layer for few tokens (csrc/layer.h), or None: it is not built, or of older sources."""
+    return getattr(_module(), "decode", None)
+
+
+@functools.cache
+def few_tokens() -> int | None:
+    """Where the compiled operators' library has few_tokens (csrc/cpu/few_tokens.h), or None."""
+    if not load():
+        return None
+    function = getattr(ctypes.CDLL(str(settings.get().library or LIBRARY)), "peft_fast_few_tokens", None)
+    return ctypes.cast(function, ctypes.c_void_p).value if function else None
 
 
 @functools.cache

@@ -83,6 +83,16 @@ def whole() -> Callable | None:
     return native.layer()
 
 
+def direct() -> Callable | None:
+    """The compiled call of a whole layer (csrc/layer.h), for up to TURNED tokens; None where it is not built."""
+    return native.decode() if native.few_tokens() is not None else None
+
+
+def address() -> int | None:
+    """Where in memory the arithmetic of that call is (csrc/cpu/few_tokens.h)."""
+    return native.few_tokens()
+
+
 def _differentiable(x: Tensor, W: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> bool:
     if not torch.is_grad_enabled():
         return False

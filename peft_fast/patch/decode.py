@@ -8,7 +8,7 @@ not the common case returns None and goes the long way by plan.py, which takes n
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from peft_fast import settings
 from peft_fast.ops import Sibling, prepare
-from peft_fast.ops.lora_decode import MOST, TURNED, kernel, look, most, whole
+from peft_fast.ops.lora_decode import MOST, TURNED, address, direct, kernel, look, most, whole
 from peft_fast.patch import alike, ledger, marks, plan
 from peft_fast.patch.marks import wanted
 
@@ -27,12 +27,20 @@ KINDS = (nn.Linear, nn.Identity, nn.Dropout, nn.Parameter, torch.strided)
 
 @functools.cache
 def _around() -> tuple:
-    """What the compiled look at a whole layer (csrc/layer.h) asks and compares with."""
+    """What the compiled look at a whole layer (csrc/layer.h) asks and compares with, and what its call counts."""
     linear, *others, strided = KINDS
     asked = torch.is_autocast_enabled, torch._C._get_tracing_state
     asked += torch._C._functorch.maybe_current_level, torch.compiler.is_exporting
     named = vars(forward_ad), vars(nn.modules.module), marks.state
-    return plan.Linear, linear, alike.torchs, *others, Tensor, strided, *DTYPES, *asked, *named
+    modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
+    counted = vars(settings), vars(prepare), ledger.layers, ledger.tally, ledger.process
+    common = plan.Linear, linear, alike.torchs, *others, Tensor, strided, *DTYPES, *asked, *named
+    return *common, *modes, *counted, TURNED, plan.MAX_RANK, address()
+
+
+@functools.cache
+def _direct() -> Callable | None:
+    return direct()
 
 
 def run(layer: nn.Module, x: Tensor) -> Tensor | None:
@@ -40,6 +48,8 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
     # where a training step ends
     if torch.is_grad_enabled():
         return None
+    if (call := _direct()) is not None and (y := call(layer, x, _around())) is not None:
+        return y
     if (common := whole()) is not None and (found := common(layer, x, _around())) is not None:
         W, bias, low, tokens, rank = found
         transposed = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,62 +31,67 @@ class Tally:
 
 
 process = Tally()
-# weak: the ledger keeps no model alive, and adds nothing to a layer that a checkpoint could pick up
-_layers: weakref.WeakKeyDictionary[nn.Module, Tally] = weakref.WeakKeyDictionary()
+# a layer's id -> a reference that takes the entry away with the layer, and its tally. Weak: the ledger keeps no model
+# alive, and adds nothing to a layer that a checkpoint could pick up. By id, which costs a call the least, and csrc/layer.h
+# counts here too
+layers: dict[int, tuple[weakref.ref, Tally]] = {}
 
 
 def count(layer: nn.Module, reason: str | None) -> None:
     """Books one call of ``layer``: fast if there is no reason."""
-    tally = _tally(layer)
+    of = tally(layer)
     if reason is None:
-        tally.fast += 1
+        of.fast += 1
         process.fast += 1
     else:
-        tally.handed_back[reason] += 1
+        of.handed_back[reason] += 1
         process.handed_back[reason] += 1
 
 
 def count_group(leader: nn.Module) -> None:
     """Books one run of a group for the layer that was called first."""
-    _tally(leader).groups += 1
+    tally(leader).groups += 1
     process.groups += 1
 
 
 def count_block(block: nn.Module) -> None:
     """Books one run of a block for its module."""
-    _tally(block).blocks += 1
+    tally(block).blocks += 1
     process.blocks += 1
 
 
-def _tally(module: nn.Module) -> Tally:
-    tally = _layers.get(module)
-    if tally is None:
-        tally = _layers[module] = Tally()
-    return tally
+def tally(module: nn.Module) -> Tally:
+    """The module's own, a new one if it has none."""
+    if (found := layers.get(id(module))) is None:
+        # bound, as a process that ends takes the names of modules before the layers
+        drop = functools.partial(_drop, layers.pop, id(module))
+        found = layers[id(module)] = weakref.ref(module, drop), Tally()
+    return found[1]
 
 
-def total(layers: Iterable[nn.Module]) -> Tally:
+def _drop(pop, key, _):
+    pop(key, None)
+
+
+def total(modules: Iterable[nn.Module]) -> Tally:
     """The sum over some layers."""
     out = Tally()
-    for layer in layers:
-        if (tally := _layers.get(layer)) is not None:
-            out.add(tally)
+    for module in modules:
+        if (found := layers.get(id(module))) is not None:
+            out.add(found[1])
     return out
 
 
-def forget(layers: Iterable[nn.Module]) -> None:
+def forget(modules: Iterable[nn.Module]) -> None:
     """Drops the counts of some layers; the process keeps its own."""
-    for layer in layers:
-        _layers.pop(layer, None)
+    for module in modules:
+        layers.pop(id(module), None)
 
 
 def state(names: Mapping[nn.Module, str]) -> dict[str, Any]:
     """The counts of the named modules, as JSON."""
-    return {
-        name: [tally.fast, tally.groups, tally.blocks, dict(tally.handed_back)]
-        for module, name in names.items()
-        if (tally := _layers.get(module)) is not None
-    }
+    found = {name: layers[id(module)][1] for module, name in names.items() if id(module) in layers}
+    return {name: [of.fast, of.groups, of.blocks, dict(of.handed_back)] for name, of in found.items()}
 
 
 def restore(modules: Mapping[str, nn.Module], saved: Mapping[str, Any]) -> None:
@@ -93,6 +99,6 @@ def restore(modules: Mapping[str, nn.Module], saved: Mapping[str, Any]) -> None:
     forget(modules.values())
     for name, (fast, grouped, blocks, handed_back) in saved.items():
         if name in modules:
-            tally = _tally(modules[name])
-            tally.fast, tally.groups, tally.blocks = fast, grouped, blocks
-            tally.handed_back.update(handed_back)
+            of = tally(modules[name])
+            of.fast, of.groups, of.blocks = fast, grouped, blocks
+            of.handed_back.update(handed_back)

@@ -17,12 +17,14 @@ pytestmark = pytest.mark.skipif(not native.load(), reason=f"the compiled operato
 _compiled = native.layer()
 
 
-@pytest.fixture(autouse=True, params=["compiled look", "python look"])
+@pytest.fixture(autouse=True, params=["compiled call", "compiled look", "python look"])
 def as_shipped(untouched_peft, request, monkeypatch):
-    """The number of tokens that users have, by either of the looks at a layer."""
+    """The number of tokens that users have, by each of the ways to look at a layer."""
     assert _compiled is not None
     if request.param == "python look":
         monkeypatch.setattr(native, "layer", lambda: None)
+    if request.param != "compiled call":
+        monkeypatch.setattr(decode, "_direct", lambda: None)
     with settings.override(min_tokens=128):
         yield
 
