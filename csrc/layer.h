@@ -25,7 +25,7 @@ struct Words : adapters::Words {
            *is_nested = word("is_nested"), *level = word("_current_level"), *cpu = word("cpu"), *off = word("off"),
            *paused = word("paused"), *everywhere = word("everywhere"), *mark = word("_peft_fast"),
            *current = word("_current"), *backend = word("backend"), *disable = word("disable"),
-           *min_tokens = word("min_tokens"), *calls = word("_calls"), *fast = word("fast"),
+           *min_tokens = word("min_tokens"), *fast = word("fast"),
            *is_contiguous = word("is_contiguous"), *is_neg = word("is_neg"), *data_ptr = word("data_ptr"), *new_empty = word("new_empty");
   PyObject* global_hooks[4] = {word("_global_forward_hooks"), word("_global_forward_pre_hooks"),
                                word("_global_backward_hooks"), word("_global_backward_pre_hooks")};
@@ -38,19 +38,18 @@ struct Around {
   PyObject *forward_ad, *modules;                        // the dicts of Python modules
   PyObject* state;                                       // of marks.py
   PyObject *function_modes, *dispatch_modes, *profiling;  // functions
-  PyObject *settings, *calls, *layers;                   // dicts: of two modules, and of the ledger's layers
-  PyObject *tally, *process;                             // the ledger's function and its tally of all
-  PyObject *most, *ranks, *few_tokens;                   // limits, and where few_tokens() is
+  PyObject *settings, *layers;                            // dicts: of a module, and of the ledger's layers
+  PyObject* tally;                                        // the ledger's function
+  PyObject *most, *ranks, *few_tokens;                    // limits, and where few_tokens() is
 
   explicit Around(const py::tuple& of) {
     PyObject** const to[] = {&lora,     &linear,  &forward,        &identity,       &dropout,   &parameter, &tensor,
                              &strided,  &f32,     &bf16,           &autocast,       &tracing,   &functorch, &exporting,
                              &forward_ad, &modules, &state,        &function_modes, &dispatch_modes, &profiling,
-                             &settings, &calls,   &layers,         &tally,          &process,   &most,      &ranks,
-                             &few_tokens};
-    if (of.size() != std::size(to)) throw py::value_error("28 things around a layer");
+                             &settings, &layers,  &tally,          &most,           &ranks,     &few_tokens};
+    if (of.size() != std::size(to)) throw py::value_error("26 things around a layer");
     for (size_t i = 0; i < std::size(to); ++i) *to[i] = of[i].ptr();
-    for (PyObject* dict : {forward_ad, modules, settings, calls, layers})
+    for (PyObject* dict : {forward_ad, modules, settings, layers})
       if (!PyDict_Check(dict)) throw py::value_error("dicts of modules and layers");
   }
   adapters::Kinds kinds() const { return {linear, identity, dropout, parameter, strided}; }
@@ -252,24 +251,23 @@ inline bool settled(const Around& around, const Words& words, Py_ssize_t tokens)
   return tokens < below;
 }
 
-inline void add_one(const py::object& to, PyObject* name) {
-  const auto sum = py::reinterpret_steal<py::object>(PyNumber_Add(attribute(to, name).ptr(), py::int_(1).ptr()));
-  if (!sum || PyObject_SetAttr(to.ptr(), name, sum.ptr())) throw py::error_already_set();
+// calls of decode() that gave a result, of the process
+inline uint64_t& calls() {
+  static uint64_t n = 0;
+  return n;
 }
 
-// books a call as ops/prepare.py and patch/ledger.py do
+// books one for its layer, as patch/ledger.py does
 inline void count(const py::object& self, const Around& around, const Words& words) {
-  const py::object calls = item(around.calls, words.calls), one = py::int_(1);
-  const auto sum = py::reinterpret_steal<py::object>(PyNumber_Add(calls.ptr(), one.ptr()));
-  if (!sum || PyDict_SetItem(around.calls, words.calls, sum.ptr())) throw py::error_already_set();
   const auto id = py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(self.ptr()));
   const py::object kept = item(around.layers, id.ptr());
   const auto tally = kept && PyTuple_Check(kept.ptr()) && PyTuple_GET_SIZE(kept.ptr()) == 2
       ? py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(kept.ptr(), 1))
       : py::reinterpret_steal<py::object>(PyObject_CallOneArg(around.tally, self.ptr()));
   if (!tally) throw py::error_already_set();
-  add_one(tally, words.fast);
-  add_one(py::reinterpret_borrow<py::object>(around.process), words.fast);
+  const py::object sum = attribute(tally, words.fast) + py::int_(1);
+  if (PyObject_SetAttr(tally.ptr(), words.fast, sum.ptr())) throw py::error_already_set();
+  ++calls();
 }
 
 // where a dense tensor's values are; null if they do not lie side by side, or are not what memory holds
@@ -335,7 +333,9 @@ inline py::object decode(const py::object& self, const py::object& x, const py::
   shape[shape.size() - 1] = py::int_(N);
   const auto y = py::reinterpret_steal<py::object>(PyObject_CallMethodOneArg(x.ptr(), words.new_empty, shape.ptr()));
   if (!y) throw py::error_already_set();
-  if (!(few.y = const_cast<void*>(values(y, words)))) return py::none();
+  const auto at = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(y.ptr(), words.data_ptr));
+  if (!at) throw py::error_already_set();
+  few.y = PyLong_AsVoidPtr(at.ptr());
   const auto run = (decltype(&peft_fast_few_tokens))PyLong_AsVoidPtr(around.few_tokens);
   int ran = 0;
   {

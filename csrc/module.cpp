@@ -51,5 +51,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("adapters", &peft_fast::adapters::common, "What a layer's adapters are, in the common case; else None.");
   m.def("layer", &peft_fast::layer::common, "What a layer is and is called with, in the common case; else None.");
   m.def("decode", &peft_fast::layer::decode, "What a layer gives for few tokens, in the common case; else None.");
+  m.def("calls", [] { return peft_fast::layer::calls(); }, "How many calls decode has answered.");
   m.def("build_info", &build_info, "Compiler and versions of this build.");
 }

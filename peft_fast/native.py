@@ -118,6 +118,11 @@ def decode() -> Callable | None:
     return getattr(_module(), "decode", None)
 
 
+def decoded() -> int:
+    """How many calls that has answered."""
+    return _module().calls() if decode() is not None else 0
+
+
 @functools.cache
 def few_tokens() -> int | None:
     """Where the compiled operators' library has few_tokens (csrc/cpu/few_tokens.h), or None."""

@@ -88,6 +88,11 @@ def direct() -> Callable | None:
     return native.decode() if native.few_tokens() is not None else None
 
 
+def decoded() -> int:
+    """How many such calls there were."""
+    return native.decoded()
+
+
 def address() -> int | None:
     """Where in memory the arithmetic of that call is (csrc/cpu/few_tokens.h)."""
     return native.few_tokens()

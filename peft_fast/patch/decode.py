@@ -33,9 +33,8 @@ def _around() -> tuple:
     asked += torch._C._functorch.maybe_current_level, torch.compiler.is_exporting
     named = vars(forward_ad), vars(nn.modules.module), marks.state
     modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
-    counted = vars(settings), vars(prepare), ledger.layers, ledger.tally, ledger.process
     common = plan.Linear, linear, alike.torchs, *others, Tensor, strided, *DTYPES, *asked, *named
-    return *common, *modes, *counted, TURNED, plan.MAX_RANK, address()
+    return *common, *modes, vars(settings), ledger.layers, ledger.tally, TURNED, plan.MAX_RANK, address()
 
 
 @functools.cache

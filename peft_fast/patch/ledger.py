@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from peft_fast.ops.lora_decode import decoded
+
 
 class Tally:
     """Calls of one layer, or of the process: fast, and handed back by reason."""
@@ -30,9 +32,9 @@ class Tally:
         self.handed_back.update(other.handed_back)
 
 
-process = Tally()
+_process = Tally()
 # a layer's id -> a reference that takes the entry away with the layer, and its tally. Weak: the ledger keeps no model
-# alive, and adds nothing to a layer that a checkpoint could pick up. By id, which costs a call the least, and csrc/layer.h
+# alive, and adds nothing to a layer that a checkpoint could pick up. By id, which costs a call the least: csrc/layer.h
 # counts here too
 layers: dict[int, tuple[weakref.ref, Tally]] = {}
 
@@ -42,22 +44,22 @@ def count(layer: nn.Module, reason: str | None) -> None:
     of = tally(layer)
     if reason is None:
         of.fast += 1
-        process.fast += 1
+        _process.fast += 1
     else:
         of.handed_back[reason] += 1
-        process.handed_back[reason] += 1
+        _process.handed_back[reason] += 1
 
 
 def count_group(leader: nn.Module) -> None:
     """Books one run of a group for the layer that was called first."""
     tally(leader).groups += 1
-    process.groups += 1
+    _process.groups += 1
 
 
 def count_block(block: nn.Module) -> None:
     """Books one run of a block for its module."""
     tally(block).blocks += 1
-    process.blocks += 1
+    _process.blocks += 1
 
 
 def tally(module: nn.Module) -> Tally:
@@ -71,6 +73,14 @@ def tally(module: nn.Module) -> Tally:
 
 def _drop(pop, key, _):
     pop(key, None)
+
+
+def process() -> Tally:
+    """The sum over all layers there ever were."""
+    out = Tally()
+    out.add(_process)
+    out.fast += decoded()  # which csrc/layer.h books by itself
+    return out
 
 
 def total(modules: Iterable[nn.Module]) -> Tally:

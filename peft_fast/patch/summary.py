@@ -100,7 +100,7 @@ def report(model: nn.Module | None = None) -> Report:
     """What is fast in ``model`` now, and its calls since accelerate(); without a model, the process's."""
     if model is None:
         failures = tuple(dispatch.failures())
-        calls = ledger.process
+        calls = ledger.process()
         return Report(
             (),
             {},
