@@ -15,11 +15,43 @@ struct Words {
   PyObject* hooks[4] = {word("_forward_hooks"), word("_forward_pre_hooks"), word("_backward_hooks"),
                         word("_backward_pre_hooks")};
   PyObject *forward = word("forward"), *parameters = word("_parameters"), *weight = word("weight"),
-           *bias = word("bias"), *training = word("training"), *inplace = word("inplace"), *dtype = word("dtype"),
-           *layout = word("layout"), *is_cpu = word("is_cpu"), *shape = word("shape");
+           *bias = word("bias"), *training = word("training"), *inplace = word("inplace");
 
   static PyObject* word(const char* text) { return PyUnicode_InternFromString(text); }
 };
+
+// what torch.Tensor defines in C, found once: to ask a class for each of them anew costs more than the answer
+struct Tensors {
+  PyObject *dtype = of("dtype"), *layout = of("layout"), *is_cpu = of("is_cpu"), *is_nested = of("is_nested"),
+           *shape = of("shape"), *is_contiguous = of("is_contiguous"), *is_neg = of("is_neg"),
+           *data_ptr = of("data_ptr"), *new_empty = of("new_empty");
+
+  static const Tensors& all() {
+    static const Tensors found;
+    return found;
+  }
+
+ private:
+  static PyObject* of(const char* name) {
+    py::object found = py::module_::import("torch").attr("Tensor").attr(name);
+    return found.release().ptr();
+  }
+};
+
+// a property of a tensor, or what one of its methods gives
+inline py::object property(const py::object& tensor, PyObject* of) {
+  PyObject* const kind = (PyObject*)Py_TYPE(tensor.ptr());
+  auto found = py::reinterpret_steal<py::object>(Py_TYPE(of)->tp_descr_get(of, tensor.ptr(), kind));
+  if (!found) throw py::error_already_set();
+  return found;
+}
+
+inline py::object method(const py::object& tensor, PyObject* of, PyObject* argument = nullptr) {
+  PyObject* const given[] = {tensor.ptr(), argument};
+  auto found = py::reinterpret_steal<py::object>(PyObject_Vectorcall(of, given, argument ? 2 : 1, nullptr));
+  if (!found) throw py::error_already_set();
+  return found;
+}
 
 // owned, because a look at a tensor may run what a TorchFunctionMode does; null if there is none
 inline py::object item(PyObject* dict, PyObject* key) {
@@ -81,17 +113,18 @@ inline bool idle(const py::object& dropout, const Kinds& kinds, const Words& wor
 }
 
 // a parameter of this dtype (null: of any, which it becomes) in the processor's memory?
-inline bool dense(const py::object& tensor, PyObject* kind, PyObject* strided, py::object& dtype, const Words& words) {
+inline bool dense(const py::object& tensor, PyObject* kind, PyObject* strided, py::object& dtype) {
   if (!tensor || (PyObject*)Py_TYPE(tensor.ptr()) != kind) return false;
-  const py::object own = attribute(tensor, words.dtype);
+  const Tensors& of = Tensors::all();
+  const py::object own = property(tensor, of.dtype);
   if (!dtype) dtype = own;
-  return own.is(dtype) && attribute(tensor, words.layout).is(py::handle(strided)) &&
-         attribute(tensor, words.is_cpu).is(py::handle(Py_True));
+  return own.is(dtype) && property(tensor, of.layout).is(py::handle(strided)) &&
+         property(tensor, of.is_cpu).is(py::handle(Py_True));
 }
 
 // dimension i of a matrix, or -1
-inline Py_ssize_t size(const py::object& tensor, int i, const Words& words) {
-  const py::object shape = attribute(tensor, words.shape);
+inline Py_ssize_t size(const py::object& tensor, int i) {
+  const py::object shape = property(tensor, Tensors::all().shape);
   if (!PyTuple_Check(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) != 2) return -1;
   return PyLong_AsSsize_t(PyTuple_GET_ITEM(shape.ptr(), i));
 }
@@ -124,13 +157,12 @@ inline bool modules(const Dicts& of, PyObject* name, const Kinds& kinds, const W
 }
 
 // its rank by its tensors; -1 where they are not the common case, or of another dtype than the one given
-inline Py_ssize_t tensors(const Low& low, const Kinds& kinds, py::object& dtype, const Words& words) {
-  if (!dense(low.A, kinds.parameter, kinds.strided, dtype, words) ||
-      !dense(low.B, kinds.parameter, kinds.strided, dtype, words) ||
-      !(low.bias.is_none() || dense(low.bias, kinds.parameter, kinds.strided, dtype, words)))
+inline Py_ssize_t tensors(const Low& low, const Kinds& kinds, py::object& dtype) {
+  if (!dense(low.A, kinds.parameter, kinds.strided, dtype) || !dense(low.B, kinds.parameter, kinds.strided, dtype) ||
+      !(low.bias.is_none() || dense(low.bias, kinds.parameter, kinds.strided, dtype)))
     return -1;
-  const Py_ssize_t r = size(low.A, 0, words);
-  return r == size(low.B, 1, words) ? r : -1;
+  const Py_ssize_t r = size(low.A, 0);
+  return r == size(low.B, 1) ? r : -1;
 }
 
 // adapters as the operators take them
@@ -158,7 +190,7 @@ inline py::object common(const py::object& loras_A, const py::object& loras_B, c
     if (!item(loras_A.ptr(), name.ptr())) continue;
     Low low;
     if (!modules({loras_A, loras_B, dropouts, scalings}, name.ptr(), kinds, words, low, proof)) return py::none();
-    if (tensors(low, kinds, dtype, words) < 0) return py::none();
+    if (tensors(low, kinds, dtype) < 0) return py::none();
     lists.append(low);
   }
   return lists.all();

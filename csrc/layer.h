@@ -22,11 +22,9 @@ struct Words : adapters::Words {
            *modules = word("_modules"), *base = word("base_layer"), *tensor_parallel = word("_hf_tp_plan"),
            *active = word("_active_adapter"), *loras_A = word("lora_A"), *loras_B = word("lora_B"),
            *dropouts = word("lora_dropout"), *scaling = word("scaling"), *casts = word("cast_input_dtype_enabled"),
-           *is_nested = word("is_nested"), *level = word("_current_level"), *cpu = word("cpu"), *off = word("off"),
-           *paused = word("paused"), *everywhere = word("everywhere"), *mark = word("_peft_fast"),
-           *current = word("_current"), *backend = word("backend"), *disable = word("disable"),
-           *min_tokens = word("min_tokens"), *fast = word("fast"),
-           *is_contiguous = word("is_contiguous"), *is_neg = word("is_neg"), *data_ptr = word("data_ptr"), *new_empty = word("new_empty");
+           *level = word("_current_level"), *cpu = word("cpu"), *off = word("off"), *paused = word("paused"),
+           *everywhere = word("everywhere"), *mark = word("_peft_fast"), *current = word("_current"),
+           *backend = word("backend"), *disable = word("disable"), *min_tokens = word("min_tokens");
   PyObject* global_hooks[4] = {word("_global_forward_hooks"), word("_global_forward_pre_hooks"),
                                word("_global_backward_hooks"), word("_global_backward_pre_hooks")};
 };
@@ -38,19 +36,18 @@ struct Around {
   PyObject *forward_ad, *modules;                        // the dicts of Python modules
   PyObject* state;                                       // of marks.py
   PyObject *function_modes, *dispatch_modes, *profiling;  // functions
-  PyObject *settings, *layers;                            // dicts: of a module, and of the ledger's layers
-  PyObject* tally;                                        // the ledger's function
-  PyObject *most, *ranks, *few_tokens;                    // limits, and where few_tokens() is
+  PyObject* settings;                                    // the dict of a Python module
+  PyObject *most, *ranks, *few_tokens;                   // limits, and where few_tokens() is
 
   explicit Around(const py::tuple& of) {
-    PyObject** const to[] = {&lora,     &linear,  &forward,        &identity,       &dropout,   &parameter, &tensor,
-                             &strided,  &f32,     &bf16,           &autocast,       &tracing,   &functorch, &exporting,
-                             &forward_ad, &modules, &state,        &function_modes, &dispatch_modes, &profiling,
-                             &settings, &layers,  &tally,          &most,           &ranks,     &few_tokens};
-    if (of.size() != std::size(to)) throw py::value_error("26 things around a layer");
+    PyObject** const to[] = {&lora,       &linear,  &forward,  &identity,       &dropout,        &parameter,
+                             &tensor,     &strided, &f32,      &bf16,           &autocast,       &tracing,
+                             &functorch,  &exporting, &forward_ad, &modules,    &state,          &function_modes,
+                             &dispatch_modes, &profiling, &settings, &most,     &ranks,          &few_tokens};
+    if (of.size() != std::size(to)) throw py::value_error("24 things around a layer");
     for (size_t i = 0; i < std::size(to); ++i) *to[i] = of[i].ptr();
-    for (PyObject* dict : {forward_ad, modules, settings, layers})
-      if (!PyDict_Check(dict)) throw py::value_error("dicts of modules and layers");
+    for (PyObject* dict : {forward_ad, modules, settings})
+      if (!PyDict_Check(dict)) throw py::value_error("dicts of modules");
   }
   adapters::Kinds kinds() const { return {linear, identity, dropout, parameter, strided}; }
 };
@@ -88,8 +85,19 @@ inline bool quiet(const Around& around, const Words& words) {
 struct Found {
   py::object W, bias;
   std::vector<adapters::Low> lows;
-  bool casts;  // x to the adapters' dtype
+  bool casts;        // x to the adapters' dtype
+  Py_ssize_t below;  // so many tokens the settings leave a call to the compiled kernels
 };
+
+// so many tokens do the settings leave it to them
+inline Py_ssize_t settled(const Around& around, const Words& words, Proof& proof) {
+  proof.values(around.settings);
+  const py::object now = item(around.settings, words.current);
+  if (none(now)) return 0;
+  const std::string backend = py::str(attribute(now, words.backend));
+  if ((backend != "auto" && backend != "cpu") || !attribute(now, words.disable).is(py::handle(Py_False))) return 0;
+  return number(attribute(now, words.min_tokens));
+}
 
 // a layer that is to be fast, by its modules and the switches of the process; false where that is not the common case
 inline bool modules(const py::object& self, const Around& around, const Words& words, Found& found, Proof& proof) {
@@ -130,6 +138,7 @@ inline bool modules(const py::object& self, const Around& around, const Words& w
     if (!adapters::modules(of, name.ptr(), around.kinds(), words, found.lows.back(), proof)) return false;
   }
   found.casts = item(state.ptr(), words.casts).is(py::handle(Py_True));
+  found.below = settled(around, words, proof);
   return !found.lows.empty();
 }
 
@@ -143,25 +152,30 @@ struct Seen {
   };
   std::vector<Low> lows;
   bool casts = false;
+  Py_ssize_t below = 0;
+  uint64_t calls = 0;  // of decode() that it answered
 
   static std::unordered_map<PyObject*, std::unique_ptr<Seen>>& all() {
     static auto* const seen = new std::unordered_map<PyObject*, std::unique_ptr<Seen>>;  // outlives the interpreter
     return *seen;
   }
 
-  static bool of(const py::object& self, const py::tuple& around, Found& found) {
-    const auto at = all().find(self.ptr());
-    if (at == all().end() || !at->second->around.is(around) || !at->second->proof.stands()) return false;
+  // null if nobody has
+  static Seen* of(PyObject* layer) {
+    const auto at = all().find(layer);
+    return at == all().end() ? nullptr : at->second.get();
+  }
+
+  bool stands(const py::tuple& for_whom, Found& found) const {
+    if (!around.is(for_whom) || !proof.stands()) return false;
     const auto owned = [](PyObject* of) { return py::reinterpret_borrow<py::object>(of); };
-    const Seen& seen = *at->second;
-    found = {owned(seen.W), owned(seen.bias), {}, seen.casts};
-    for (const Low& low : seen.lows)
+    found = {owned(W), owned(bias), {}, casts, below};
+    for (const Low& low : lows)
       found.lows.push_back({owned(low.A), owned(low.B), owned(low.bias), owned(low.scaling)});
     return true;
   }
 
-  static void keep(const py::object& self, const py::tuple& around, const Found& found, Proof&& proof) {
-    if (!PROVABLE) return;
+  static Seen* keep(const py::object& self, const py::tuple& around, const Found& found, Proof&& proof) {
     PyObject* const key = self.ptr();
     auto& kept = all()[key];
     if (!kept) {
@@ -169,15 +183,17 @@ struct Seen {
       kept->gone = py::weakref(self, py::cpp_function([key](py::handle) { all().erase(key); }));
     }
     kept->proof = std::move(proof), kept->around = around, kept->W = found.W.ptr(), kept->bias = found.bias.ptr();
-    kept->lows.clear(), kept->casts = found.casts;
+    kept->lows.clear(), kept->casts = found.casts, kept->below = found.below;
     for (const adapters::Low& low : found.lows)
       kept->lows.push_back({low.A.ptr(), low.B.ptr(), low.bias.ptr(), low.scaling.ptr()});
+    return kept.get();
   }
 };
 
 // a call: what a layer is made of, and what x is
 struct Call : Found {
-  py::object shape;                // of x
+  Seen* seen;        // as long as the layer is
+  py::object shape;  // of x
   Py_ssize_t tokens = 1, K = 0, rank = 0;  // all adapters' together
   bool bf16, low_bf16;
 };
@@ -187,23 +203,25 @@ struct Call : Found {
 inline bool look(const py::object& self, const py::object& x, const py::tuple& of, const Around& around,
                  const Words& words, Call& call) {
   if ((PyObject*)Py_TYPE(self.ptr()) != around.lora || !quiet(around, words)) return false;
-  if (!Seen::of(self, of, call)) {
+  call.seen = Seen::of(self.ptr());
+  if (!call.seen || !call.seen->stands(of, call)) {
     Proof proof;
     if (!modules(self, around, words, call, proof)) return false;
-    Seen::keep(self, of, call, std::move(proof));
+    call.seen = Seen::keep(self, of, call, std::move(proof));
   }
   const py::object linear = py::reinterpret_borrow<py::object>(around.linear);
   if (!attribute(linear, words.forward).is(py::handle(around.forward))) return false;
 
+  const adapters::Tensors& tensors = adapters::Tensors::all();
   py::object dtype, kind;
-  if (!adapters::dense(call.W, around.parameter, around.strided, dtype, words)) return false;
+  if (!adapters::dense(call.W, around.parameter, around.strided, dtype)) return false;
   call.bf16 = dtype.is(py::handle(around.bf16));
   if (!call.bf16 && !dtype.is(py::handle(around.f32))) return false;
-  if (!none(call.bias) && !adapters::dense(call.bias, around.parameter, around.strided, dtype, words)) return false;
+  if (!none(call.bias) && !adapters::dense(call.bias, around.parameter, around.strided, dtype)) return false;
 
-  if (!adapters::dense(x, around.tensor, around.strided, dtype, words)) return false;
-  if (!attribute(x, words.is_nested).is(py::handle(Py_False))) return false;
-  call.shape = attribute(x, words.shape);
+  if (!adapters::dense(x, around.tensor, around.strided, dtype)) return false;
+  if (!adapters::property(x, tensors.is_nested).is(py::handle(Py_False))) return false;
+  call.shape = adapters::property(x, tensors.shape);
   if (!PyTuple_Check(call.shape.ptr())) return false;
   const Py_ssize_t dims = PyTuple_GET_SIZE(call.shape.ptr());
   if (dims == 0) return false;
@@ -211,10 +229,10 @@ inline bool look(const py::object& self, const py::object& x, const py::tuple& o
   for (Py_ssize_t i = 0; i + 1 < dims; ++i) call.tokens *= size(i);
   call.K = size(dims - 1);
   if (PyErr_Occurred()) throw py::error_already_set();
-  if (call.K != adapters::size(call.W, 1, words)) return false;
+  if (call.K != adapters::size(call.W, 1)) return false;
 
   for (const adapters::Low& low : call.lows) {
-    const Py_ssize_t r = adapters::tensors(low, around.kinds(), kind, words);
+    const Py_ssize_t r = adapters::tensors(low, around.kinds(), kind);
     if (r < 0) return false;
     call.rank += r;
   }
@@ -234,51 +252,18 @@ inline py::object common(const py::object& self, const py::object& x, const py::
   return py::make_tuple(call.W, bias, lists.all(), call.tokens, call.rank);
 }
 
-// do the settings leave a call to the compiled kernels?
-inline bool settled(const Around& around, const Words& words, Py_ssize_t tokens) {
-  static PyObject* known = nullptr;  // whose answers these are; owned, so that no other can be where it was
-  static Py_ssize_t below = 0;
-  const py::object now = item(around.settings, words.current);
-  if (none(now)) return false;
-  if (now.ptr() != known) {
-    const std::string backend = py::str(attribute(now, words.backend));
-    const bool compiled = backend == "auto" || backend == "cpu";
-    const bool fast = compiled && attribute(now, words.disable).is(py::handle(Py_False));
-    below = fast ? number(attribute(now, words.min_tokens)) : 0;
-    Py_XDECREF(known);
-    Py_INCREF(known = now.ptr());
-  }
-  return tokens < below;
-}
-
-// calls of decode() that gave a result, of the process
+// calls that decode() answered, of the process
 inline uint64_t& calls() {
   static uint64_t n = 0;
   return n;
 }
 
-// books one for its layer, as patch/ledger.py does
-inline void count(const py::object& self, const Around& around, const Words& words) {
-  const auto id = py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(self.ptr()));
-  const py::object kept = item(around.layers, id.ptr());
-  const auto tally = kept && PyTuple_Check(kept.ptr()) && PyTuple_GET_SIZE(kept.ptr()) == 2
-      ? py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(kept.ptr(), 1))
-      : py::reinterpret_steal<py::object>(PyObject_CallOneArg(around.tally, self.ptr()));
-  if (!tally) throw py::error_already_set();
-  const py::object sum = attribute(tally, words.fast) + py::int_(1);
-  if (PyObject_SetAttr(tally.ptr(), words.fast, sum.ptr())) throw py::error_already_set();
-  ++calls();
-}
-
 // where a dense tensor's values are; null if they do not lie side by side, or are not what memory holds
-inline const void* values(const py::object& tensor, const Words& words) {
-  const auto call = [&](PyObject* method) {
-    auto found = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method));
-    if (!found) throw py::error_already_set();
-    return found;
-  };
-  if (!call(words.is_contiguous).is(py::handle(Py_True)) || !call(words.is_neg).is(py::handle(Py_False))) return nullptr;
-  void* const at = PyLong_AsVoidPtr(call(words.data_ptr).ptr());
+inline void* values(const py::object& tensor) {
+  const adapters::Tensors& of = adapters::Tensors::all();
+  if (!adapters::method(tensor, of.is_contiguous).is(py::handle(Py_True))) return nullptr;
+  if (!adapters::method(tensor, of.is_neg).is(py::handle(Py_False))) return nullptr;
+  void* const at = PyLong_AsVoidPtr(adapters::method(tensor, of.data_ptr).ptr());
   if (!at && PyErr_Occurred()) throw py::error_already_set();
   return at;
 }
@@ -291,10 +276,10 @@ inline py::object decode(const py::object& self, const py::object& x, const py::
   const auto limit = [](PyObject* n) { return PyLong_AsSsize_t(n); };
   Call call;
   if (!PyLong_Check(around.few_tokens) || !look(self, x, of, around, words, call)) return py::none();
-  const Py_ssize_t N = adapters::size(call.W, 0, words);
+  const Py_ssize_t N = adapters::size(call.W, 0);
   if (call.tokens < 1 || call.tokens > limit(around.most) || N < 1 || call.K < 1 || call.rank > limit(around.ranks))
     return py::none();
-  if (!settled(around, words, call.tokens)) return py::none();
+  if (call.tokens >= call.below) return py::none();
   for (PyObject* modes : {around.function_modes, around.dispatch_modes}) {
     const auto depth = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(modes));
     if (!depth || number(depth) != 0) return py::none();
@@ -303,24 +288,24 @@ inline py::object decode(const py::object& self, const py::object& x, const py::
 
   FewTokens few{};
   few.M = call.tokens, few.K = call.K, few.N = N;
-  few.x = {values(x, words), call.bf16, call.K};
-  few.w = values(call.W, words), few.w_bf16 = call.bf16, few.w_row = call.K, few.w_col = 1;
+  few.x = {values(x), call.bf16, call.K};
+  few.w = values(call.W), few.w_bf16 = call.bf16, few.w_row = call.K, few.w_col = 1;
   if (!few.x.data || !few.w) return py::none();
   // vectors that do not fit are the operator's to refuse
   const auto line = [&](const py::object& of, bool bf16, FewTokens::Line& to) {
     if (none(of)) return true;
-    const py::object shape = attribute(of, words.shape);
+    const py::object shape = adapters::property(of, adapters::Tensors::all().shape);
     if (!PyTuple_Check(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) != 1) return false;
     if (PyLong_AsSsize_t(PyTuple_GET_ITEM(shape.ptr(), 0)) != N) return false;
-    to = {values(of, words), bf16, 1};
+    to = {values(of), bf16, 1};
     return to.data != nullptr;
   };
   if (!line(call.bias, call.bf16, few.bias)) return py::none();
   std::vector<FewTokens::Low> lows;
   for (const adapters::Low& low : call.lows) {
-    const Py_ssize_t r = adapters::size(low.A, 0, words);
-    if (r < 1 || adapters::size(low.A, 1, words) != call.K || adapters::size(low.B, 0, words) != N) return py::none();
-    lows.push_back({{values(low.A, words), call.low_bf16, call.K}, {values(low.B, words), call.low_bf16, r}, {}, r,
+    const Py_ssize_t r = adapters::size(low.A, 0);
+    if (r < 1 || adapters::size(low.A, 1) != call.K || adapters::size(low.B, 0) != N) return py::none();
+    lows.push_back({{values(low.A), call.low_bf16, call.K}, {values(low.B), call.low_bf16, r}, {}, r,
                     PyFloat_AS_DOUBLE(low.scaling.ptr()), 0});
     if (!lows.back().a.data || !lows.back().b.data) return py::none();
     if (!line(low.bias, call.low_bf16, lows.back().bias)) return py::none();
@@ -331,11 +316,9 @@ inline py::object decode(const py::object& self, const py::object& x, const py::
   for (size_t i = 0; i + 1 < shape.size(); ++i)
     shape[i] = py::handle(PyTuple_GET_ITEM(call.shape.ptr(), Py_ssize_t(i)));
   shape[shape.size() - 1] = py::int_(N);
-  const auto y = py::reinterpret_steal<py::object>(PyObject_CallMethodOneArg(x.ptr(), words.new_empty, shape.ptr()));
-  if (!y) throw py::error_already_set();
-  const auto at = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(y.ptr(), words.data_ptr));
-  if (!at) throw py::error_already_set();
-  few.y = PyLong_AsVoidPtr(at.ptr());
+  const adapters::Tensors& tensors = adapters::Tensors::all();
+  const py::object y = adapters::method(x, tensors.new_empty, shape.ptr());
+  few.y = PyLong_AsVoidPtr(adapters::method(y, tensors.data_ptr).ptr());
   const auto run = (decltype(&peft_fast_few_tokens))PyLong_AsVoidPtr(around.few_tokens);
   int ran = 0;
   {
@@ -343,7 +326,7 @@ inline py::object decode(const py::object& self, const py::object& x, const py::
     ran = run(&few);
   }
   if (!ran) return py::none();
-  count(self, around, words);
+  ++call.seen->calls, ++calls();
   return y;
 }
 

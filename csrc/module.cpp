@@ -34,6 +34,32 @@ static bool intel() {
 #endif
 }
 
+// a layer and x and what is around them -> y or None: without pybind11's own way to a function, which costs a call more
+static PyObject* decode(PyObject*, PyObject* const* of, Py_ssize_t count) {
+  if (count != 3 || !PyTuple_Check(of[2])) {
+    PyErr_SetString(PyExc_TypeError, "a layer, x, and a tuple of what is around them");
+    return nullptr;
+  }
+  const auto borrowed = [](PyObject* o) { return py::reinterpret_borrow<py::object>(o); };
+  try {
+    const auto around = py::reinterpret_borrow<py::tuple>(of[2]);
+    return peft_fast::layer::decode(borrowed(of[0]), borrowed(of[1]), around).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+static uint64_t calls(size_t id, bool forget) {
+  if (id == 0) return peft_fast::layer::calls();
+  auto* const seen = peft_fast::layer::Seen::of((PyObject*)id);
+  const uint64_t found = seen ? seen->calls : 0;
+  if (seen && forget) seen->calls = 0;
+  return found;
+}
+
 static py::dict build_info() {
   py::dict d;
 #if defined(__VERSION__)
@@ -50,7 +76,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("intel", &intel, "Is this a processor of Intel's?");
   m.def("adapters", &peft_fast::adapters::common, "What a layer's adapters are, in the common case; else None.");
   m.def("layer", &peft_fast::layer::common, "What a layer is and is called with, in the common case; else None.");
-  m.def("decode", &peft_fast::layer::decode, "What a layer gives for few tokens, in the common case; else None.");
-  m.def("calls", [] { return peft_fast::layer::calls(); }, "How many calls decode has answered.");
+  m.def("calls", &calls, "How many calls decode has answered: of a layer by its id, or all; then 0, if forgotten.",
+        py::arg("id") = 0, py::arg("forget") = false);
+  static PyMethodDef method{"decode", (PyCFunction)(void (*)())decode, METH_FASTCALL,
+                            "What a layer gives for few tokens, in the common case; else None."};
+  m.attr("decode") = py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr));
   m.def("build_info", &build_info, "Compiler and versions of this build.");
 }

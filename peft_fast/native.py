@@ -118,9 +118,9 @@ def decode() -> Callable | None:
     return getattr(_module(), "decode", None)
 
 
-def decoded() -> int:
-    """How many calls that has answered."""
-    return _module().calls() if decode() is not None else 0
+def decoded(of: object = None, forget: bool = False) -> int:
+    """How many calls that has answered: those of one layer, begun anew if they are to be forgotten, or all."""
+    return _module().calls(0 if of is None else id(of), forget) if decode() is not None else 0
 
 
 @functools.cache

@@ -88,9 +88,9 @@ def direct() -> Callable | None:
     return native.decode() if native.few_tokens() is not None else None
 
 
-def decoded() -> int:
-    """How many such calls there were."""
-    return native.decoded()
+def decoded(layer: object = None, forget: bool = False) -> int:
+    """How many such calls there were: of one layer, begun anew if they are to be forgotten, or of all."""
+    return native.decoded(layer, forget)
 
 
 def address() -> int | None:

@@ -1,8 +1,9 @@
 """Few tokens and no gradients, as when generating: a LoRA layer as one pass over its weight.
 
 Such a call takes a few microseconds beside that, so it cannot afford much thought. Nothing is remembered between
-calls, though, that could be out of date: all that a call depends on is looked at, in one straight line. Whatever is
-not the common case returns None and goes the long way by plan.py, which takes no less than what is taken here.
+calls, though, that could be out of date: all that a call depends on is looked at, in one straight line, and where
+csrc/layer.h remembers what a layer's modules are, it proves first that none of them has changed. Whatever is not the
+common case returns None and goes the long way by plan.py, which takes no less than what is taken here.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ KINDS = (nn.Linear, nn.Identity, nn.Dropout, nn.Parameter, torch.strided)
 
 @functools.cache
 def _around() -> tuple:
-    """What the compiled look at a whole layer (csrc/layer.h) asks and compares with, and what its call counts."""
+    """What the compiled look at a whole layer (csrc/layer.h) asks and compares with."""
     linear, *others, strided = KINDS
     asked = torch.is_autocast_enabled, torch._C._get_tracing_state
     asked += torch._C._functorch.maybe_current_level, torch.compiler.is_exporting
     named = vars(forward_ad), vars(nn.modules.module), marks.state
     modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
     common = plan.Linear, linear, alike.torchs, *others, Tensor, strided, *DTYPES, *asked, *named
-    return *common, *modes, vars(settings), ledger.layers, ledger.tally, TURNED, plan.MAX_RANK, address()
+    return *common, *modes, vars(settings), TURNED, plan.MAX_RANK, address()
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import functools
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -33,53 +32,46 @@ class Tally:
 
 
 _process = Tally()
-# a layer's id -> a reference that takes the entry away with the layer, and its tally. Weak: the ledger keeps no model
-# alive, and adds nothing to a layer that a checkpoint could pick up. By id, which costs a call the least: csrc/layer.h
-# counts here too
-layers: dict[int, tuple[weakref.ref, Tally]] = {}
+# weak: the ledger keeps no model alive, and adds nothing to a layer that a checkpoint could pick up. Calls that
+# csrc/layer.h answers are counted there, where it costs them least, and are added here when somebody asks
+_layers: weakref.WeakKeyDictionary[nn.Module, Tally] = weakref.WeakKeyDictionary()
 
 
 def count(layer: nn.Module, reason: str | None) -> None:
     """Books one call of ``layer``: fast if there is no reason."""
-    of = tally(layer)
+    tally = _tally(layer)
     if reason is None:
-        of.fast += 1
+        tally.fast += 1
         _process.fast += 1
     else:
-        of.handed_back[reason] += 1
+        tally.handed_back[reason] += 1
         _process.handed_back[reason] += 1
 
 
 def count_group(leader: nn.Module) -> None:
     """Books one run of a group for the layer that was called first."""
-    tally(leader).groups += 1
+    _tally(leader).groups += 1
     _process.groups += 1
 
 
 def count_block(block: nn.Module) -> None:
     """Books one run of a block for its module."""
-    tally(block).blocks += 1
+    _tally(block).blocks += 1
     _process.blocks += 1
 
 
-def tally(module: nn.Module) -> Tally:
-    """The module's own, a new one if it has none."""
-    if (found := layers.get(id(module))) is None:
-        # bound, as a process that ends takes the names of modules before the layers
-        drop = functools.partial(_drop, layers.pop, id(module))
-        found = layers[id(module)] = weakref.ref(module, drop), Tally()
-    return found[1]
-
-
-def _drop(pop, key, _):
-    pop(key, None)
+def _tally(module: nn.Module) -> Tally:
+    tally = _layers.get(module)
+    if tally is None:
+        tally = _layers[module] = Tally()
+    return tally
 
 
 def process() -> Tally:
     """The sum over all layers there ever were."""
     out = Tally()
     out.add(_process)
-    out.fast += decoded()  # which csrc/layer.h books by itself
+    out.fast += decoded()
     return out
 
 
@@ -87,20 +79,22 @@ def total(modules: Iterable[nn.Module]) -> Tally:
     """The sum over some layers."""
     out = Tally()
     for module in modules:
-        if (found := layers.get(id(module))) is not None:
-            out.add(found[1])
+        if (tally := _layers.get(module)) is not None:
+            out.add(tally)
+        out.fast += decoded(module)
     return out
 
 
 def forget(modules: Iterable[nn.Module]) -> None:
     """Drops the counts of some layers; the process keeps its own."""
     for module in modules:
-        layers.pop(id(module), None)
+        _layers.pop(module, None)
+        decoded(module, forget=True)
 
 
 def state(names: Mapping[nn.Module, str]) -> dict[str, Any]:
     """The counts of the named modules, as JSON."""
-    found = {name: layers[id(module)][1] for module, name in names.items() if id(module) in layers}
+    found = {name: total([module]) for module, name in names.items() if module in _layers or decoded(module)}
     return {name: [of.fast, of.groups, of.blocks, dict(of.handed_back)] for name, of in found.items()}
 
 
@@ -109,6 +103,6 @@ def restore(modules: Mapping[str, nn.Module], saved: Mapping[str, Any]) -> None:
     forget(modules.values())
     for name, (fast, grouped, blocks, handed_back) in saved.items():
         if name in modules:
-            of = tally(modules[name])
-            of.fast, of.groups, of.blocks = fast, grouped, blocks
-            of.handed_back.update(handed_back)
+            tally = _tally(modules[name])
+            tally.fast, tally.groups, tally.blocks = fast, grouped, blocks
+            tally.handed_back.update(handed_back)

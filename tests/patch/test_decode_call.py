@@ -86,7 +86,13 @@ def test_a_call_is_counted():
     before, process = ops.fast_calls(), ledger.process().fast
     assert call(layer, x) is not None and call(layer, x) is not None
     assert ops.fast_calls() == before + 2 and ledger.process().fast == process + 2
-    assert ledger.tally(layer).fast == 2 and peft_fast.report(model).fast_calls == 2
+    assert ledger.total([layer]).fast == 2 and peft_fast.report(model).fast_calls == 2
+    saved = ledger.state({layer: "layer"})
+    ledger.forget([layer])
+    assert ledger.total([layer]).fast == 0 and ops.fast_calls() == before + 2
+    assert call(layer, x) is not None
+    ledger.restore({"layer": layer}, saved)
+    assert ledger.total([layer]).fast == 2 and ledger.state({layer: "layer"}) == saved
 
 
 def _negative(tensor):

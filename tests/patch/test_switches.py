@@ -150,13 +150,13 @@ def test_a_collected_model_leaves_nothing_behind():
     import gc
 
     gc.collect()
-    others = len(ledger.layers)  # of a model that another test file keeps
+    others = len(ledger._layers)  # of a model that another test file keeps
     model = toy()
     model(inputs())
-    assert len(ledger.layers) == others + 2
+    assert len(ledger._layers) == others + 2
     del model
     gc.collect()
-    assert len(ledger.layers) == others
+    assert len(ledger._layers) == others
 
 
 @pytest.mark.parametrize(
