@@ -26,14 +26,17 @@ struct Tensors {
            *shape = of("shape"), *is_contiguous = of("is_contiguous"), *is_neg = of("is_neg"),
            *data_ptr = of("data_ptr"), *new_empty = of("new_empty");
 
+  // no static object: two threads may wait for each other where one has its lock and the other Python's
   static const Tensors& all() {
-    static const Tensors found;
-    return found;
+    static const Tensors* found = nullptr;
+    if (!found) found = new Tensors;
+    return *found;
   }
 
  private:
   static PyObject* of(const char* name) {
     py::object found = py::module_::import("torch").attr("Tensor").attr(name);
+    if (!Py_TYPE(found.ptr())->tp_descr_get) throw py::type_error("a property of torch.Tensor is none");
     return found.release().ptr();
   }
 };

@@ -29,6 +29,9 @@ struct Words : adapters::Words {
                                word("_global_backward_hooks"), word("_global_backward_pre_hooks")};
 };
 
+// of what Around names and in which order: another number for each other list
+constexpr int LIST = 2;
+
 // classes, dtypes and what tells of the modes that a call can be in, in the order that the caller names them
 struct Around {
   PyObject *lora, *linear, *forward, *identity, *dropout, *parameter, *tensor, *strided, *f32, *bf16;
@@ -87,6 +90,7 @@ struct Found {
   std::vector<adapters::Low> lows;
   bool casts;        // x to the adapters' dtype
   Py_ssize_t below;  // so many tokens the settings leave a call to the compiled kernels
+  py::object names;  // of the adapters that are on, whose addresses are part of the proof
 };
 
 // so many tokens do the settings leave it to them
@@ -94,6 +98,7 @@ inline Py_ssize_t settled(const Around& around, const Words& words, Proof& proof
   proof.values(around.settings);
   const py::object now = item(around.settings, words.current);
   if (none(now)) return 0;
+  own(now.ptr(), proof);
   const std::string backend = py::str(attribute(now, words.backend));
   if ((backend != "auto" && backend != "cpu") || !attribute(now, words.disable).is(py::handle(Py_False))) return 0;
   return number(attribute(now, words.min_tokens));
@@ -130,9 +135,11 @@ inline bool modules(const py::object& self, const Around& around, const Words& w
   py::object names = item(state.ptr(), words.active);
   if (!of.loras_A || !of.loras_B || !of.dropouts || !of.scalings || !names) return false;
   if (PyUnicode_Check(names.ptr())) names = py::make_tuple(names);
-  else if (PyList_Check(names.ptr())) proof.items(names.ptr());
+  else if (PyList_Check(names.ptr())) proof.items(names.ptr()), names = py::tuple(names);
   else if (!PyTuple_Check(names.ptr())) return false;
+  found.names = names;
   for (const py::handle name : names) {
+    if (!PyUnicode_CheckExact(name.ptr())) return false;
     if (!item(of.loras_A.ptr(), name.ptr())) continue;
     found.lows.emplace_back();
     if (!adapters::modules(of, name.ptr(), around.kinds(), words, found.lows.back(), proof)) return false;
@@ -146,6 +153,7 @@ inline bool modules(const py::object& self, const Around& around, const Words& w
 struct Seen {
   Proof proof;
   py::object around, gone;  // whom it was found for; a reference to the layer that takes this away with it
+  py::object names;
   PyObject *W = nullptr, *bias = nullptr;
   struct Low {
     PyObject *A, *B, *bias, *scaling;
@@ -169,7 +177,7 @@ struct Seen {
   bool stands(const py::tuple& for_whom, Found& found) const {
     if (!around.is(for_whom) || !proof.stands()) return false;
     const auto owned = [](PyObject* of) { return py::reinterpret_borrow<py::object>(of); };
-    found = {owned(W), owned(bias), {}, casts, below};
+    found = {owned(W), owned(bias), {}, casts, below, names};
     for (const Low& low : lows)
       found.lows.push_back({owned(low.A), owned(low.B), owned(low.bias), owned(low.scaling)});
     return true;
@@ -182,8 +190,9 @@ struct Seen {
       kept = std::make_unique<Seen>();
       kept->gone = py::weakref(self, py::cpp_function([key](py::handle) { all().erase(key); }));
     }
+    if (!PROVABLE) return kept.get();
     kept->proof = std::move(proof), kept->around = around, kept->W = found.W.ptr(), kept->bias = found.bias.ptr();
-    kept->lows.clear(), kept->casts = found.casts, kept->below = found.below;
+    kept->lows.clear(), kept->casts = found.casts, kept->below = found.below, kept->names = found.names;
     for (const adapters::Low& low : found.lows)
       kept->lows.push_back({low.A.ptr(), low.B.ptr(), low.bias.ptr(), low.scaling.ptr()});
     return kept.get();
@@ -258,14 +267,25 @@ inline uint64_t& calls() {
   return n;
 }
 
-// where a dense tensor's values are; null if they do not lie side by side, or are not what memory holds
-inline void* values(const py::object& tensor) {
+// do a dense tensor's values lie side by side, as they are?
+inline bool plain(const py::object& tensor) {
   const adapters::Tensors& of = adapters::Tensors::all();
-  if (!adapters::method(tensor, of.is_contiguous).is(py::handle(Py_True))) return nullptr;
-  if (!adapters::method(tensor, of.is_neg).is(py::handle(Py_False))) return nullptr;
-  void* const at = PyLong_AsVoidPtr(adapters::method(tensor, of.data_ptr).ptr());
+  return adapters::method(tensor, of.is_contiguous).is(py::handle(Py_True)) &&
+         adapters::method(tensor, of.is_neg).is(py::handle(Py_False));
+}
+
+inline void* values(const py::object& tensor) {
+  void* const at = PyLong_AsVoidPtr(adapters::method(tensor, adapters::Tensors::all().data_ptr).ptr());
   if (!at && PyErr_Occurred()) throw py::error_already_set();
   return at;
+}
+
+// a vector (N,) that is plain, or none
+inline bool vector(const py::object& of, Py_ssize_t N) {
+  if (none(of)) return true;
+  const py::object shape = adapters::property(of, adapters::Tensors::all().shape);
+  return PyTuple_Check(shape.ptr()) && PyTuple_GET_SIZE(shape.ptr()) == 1 &&
+         PyLong_AsSsize_t(PyTuple_GET_ITEM(shape.ptr(), 0)) == N && plain(of);
 }
 
 // a layer and x (..., K) -> y (..., N) by lora_decode's arithmetic, without its way through torch's dispatcher, which
@@ -286,44 +306,43 @@ inline py::object decode(const py::object& self, const py::object& x, const py::
   }
   if (!gives(around.profiling, Py_False)) return py::none();
 
-  FewTokens few{};
-  few.M = call.tokens, few.K = call.K, few.N = N;
-  few.x = {values(x), call.bf16, call.K};
-  few.w = values(call.W), few.w_bf16 = call.bf16, few.w_row = call.K, few.w_col = 1;
-  if (!few.x.data || !few.w) return py::none();
-  // vectors that do not fit are the operator's to refuse
-  const auto line = [&](const py::object& of, bool bf16, FewTokens::Line& to) {
-    if (none(of)) return true;
-    const py::object shape = adapters::property(of, adapters::Tensors::all().shape);
-    if (!PyTuple_Check(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) != 1) return false;
-    if (PyLong_AsSsize_t(PyTuple_GET_ITEM(shape.ptr(), 0)) != N) return false;
-    to = {values(of), bf16, 1};
-    return to.data != nullptr;
-  };
-  if (!line(call.bias, call.bf16, few.bias)) return py::none();
-  std::vector<FewTokens::Low> lows;
+  // what does not fit is the operator's to refuse
+  if (!plain(x) || !plain(call.W) || !vector(call.bias, N)) return py::none();
   for (const adapters::Low& low : call.lows) {
-    const Py_ssize_t r = adapters::size(low.A, 0);
-    if (r < 1 || adapters::size(low.A, 1) != call.K || adapters::size(low.B, 0) != N) return py::none();
-    lows.push_back({{values(low.A), call.low_bf16, call.K}, {values(low.B), call.low_bf16, r}, {}, r,
-                    PyFloat_AS_DOUBLE(low.scaling.ptr()), 0});
-    if (!lows.back().a.data || !lows.back().b.data) return py::none();
-    if (!line(low.bias, call.low_bf16, lows.back().bias)) return py::none();
+    if (adapters::size(low.A, 0) < 1 || adapters::size(low.A, 1) != call.K || adapters::size(low.B, 0) != N)
+      return py::none();
+    if (!plain(low.A) || !plain(low.B) || !vector(low.bias, N)) return py::none();
   }
-  few.lows = lows.data(), few.n_lows = int64_t(lows.size());
-
   py::tuple shape(PyTuple_GET_SIZE(call.shape.ptr()));
   for (size_t i = 0; i + 1 < shape.size(); ++i)
     shape[i] = py::handle(PyTuple_GET_ITEM(call.shape.ptr(), Py_ssize_t(i)));
   shape[shape.size() - 1] = py::int_(N);
-  const adapters::Tensors& tensors = adapters::Tensors::all();
-  const py::object y = adapters::method(x, tensors.new_empty, shape.ptr());
-  few.y = PyLong_AsVoidPtr(adapters::method(y, tensors.data_ptr).ptr());
+  const py::object y = adapters::method(x, adapters::Tensors::all().new_empty, shape.ptr());
+
+  // from here on no other thread runs Python until all addresses are known; `call` keeps the tensors, though who swaps
+  // one's memory meanwhile, in another thread, takes it from under this call
+  const auto line = [&](const py::object& of, bool bf16) {
+    return none(of) ? FewTokens::Line{} : FewTokens::Line{values(of), bf16, 1};
+  };
+  std::vector<FewTokens::Low> lows;
+  for (const adapters::Low& low : call.lows) {
+    const Py_ssize_t r = adapters::size(low.A, 0);
+    lows.push_back({{values(low.A), call.low_bf16, call.K}, {values(low.B), call.low_bf16, r},
+                    line(low.bias, call.low_bf16), r, PyFloat_AS_DOUBLE(low.scaling.ptr()), 0});
+    if (!lows.back().a.data || !lows.back().b.data) return py::none();
+  }
+  FewTokens few{};
+  few.M = call.tokens, few.K = call.K, few.N = N;
+  few.x = {values(x), call.bf16, call.K};
+  few.w = values(call.W), few.w_bf16 = call.bf16, few.w_row = call.K, few.w_col = 1;
+  few.bias = line(call.bias, call.bf16), few.y = values(y);
+  few.lows = lows.data(), few.n_lows = int64_t(lows.size());
+  if (!few.x.data || !few.w || !few.y) return py::none();
   const auto run = (decltype(&peft_fast_few_tokens))PyLong_AsVoidPtr(around.few_tokens);
   int ran = 0;
   {
     const py::gil_scoped_release released;
-    ran = run(&few);
+    ran = run(&few, sizeof few);
   }
   if (!ran) return py::none();
   ++call.seen->calls, ++calls();

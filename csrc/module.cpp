@@ -46,6 +46,10 @@ static PyObject* decode(PyObject*, PyObject* const* of, Py_ssize_t count) {
     return peft_fast::layer::decode(borrowed(of[0]), borrowed(of[1]), around).release().ptr();
   } catch (py::error_already_set& error) {
     error.restore();
+  } catch (py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
@@ -76,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("intel", &intel, "Is this a processor of Intel's?");
   m.def("adapters", &peft_fast::adapters::common, "What a layer's adapters are, in the common case; else None.");
   m.def("layer", &peft_fast::layer::common, "What a layer is and is called with, in the common case; else None.");
+  m.attr("LIST") = peft_fast::layer::LIST;
   m.def("calls", &calls, "How many calls decode has answered: of a layer by its id, or all; then 0, if forgotten.",
         py::arg("id") = 0, py::arg("forget") = false);
   static PyMethodDef method{"decode", (PyCFunction)(void (*)())decode, METH_FASTCALL,

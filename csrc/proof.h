@@ -1,6 +1,7 @@
 // What a look at Python objects saw, kept as addresses inside them and the words that stood there. While all of them
 // stand, another look would see the same; they are asked in the order of the look, so that each address lies in an
-// object that the ones before it keep alive.
+// object that the ones before it keep alive. Where a word is the address of an object that nothing else keeps alive (an
+// item of a list), who keeps the proof keeps that object too: another one could come to lie there.
 //
 // The word of a dict is its version (PEP 509), which every change of any dict makes a new one of. Python 3.13 writes
 // attributes past it: there, nothing is ever proven, and every call looks again.
@@ -13,7 +14,7 @@
 
 namespace peft_fast {
 
-#if PY_VERSION_HEX < 0x030D0000 && !defined(PYPY_VERSION) && UINTPTR_MAX == UINT64_MAX
+#if PY_VERSION_HEX < 0x030D0000 && UINTPTR_MAX == UINT64_MAX
 constexpr bool PROVABLE = true;
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"

@@ -15,7 +15,9 @@ import torch
 from peft_fast import settings
 
 LIBRARY = Path(__file__).with_name("libpeft_fast.so")
+LIST = 2  # what patch/decode.py gives csrc/layer.h, which has the same number
 _reason = "not loaded yet"
+_few_tokens: int | None = None
 
 
 def _constant(function):
@@ -32,7 +34,7 @@ def load() -> bool:
 
 @functools.cache
 def _load() -> bool:
-    global _reason
+    global _reason, _few_tokens
     from peft_fast.backends.cpu import fakes
 
     library = settings.get().library or LIBRARY
@@ -45,6 +47,7 @@ def _load() -> bool:
         torch.ops.peft_fast.set_isa(settings.get().isa)
         # fails for a library of older sources, which lacks an operator
         fakes.register()
+        _few_tokens = ctypes.cast(ctypes.CDLL(str(library)).peft_fast_few_tokens, ctypes.c_void_p).value
     except (OSError, AttributeError, RuntimeError) as error:
         _reason = f"{library.name} does not load ({str(error).splitlines()[0]}); run `python -m peft_fast build`"
         return False
@@ -109,13 +112,13 @@ def adapters() -> Callable | None:
 @functools.cache
 def layer() -> Callable | None:
     """What looks at a whole LoRA layer (csrc/layer.h), or None: it is not built, or of older sources."""
-    return getattr(_module(), "layer", None)
+    return getattr(_module(), "layer", None) if getattr(_module(), "LIST", None) == LIST else None
 
 
 @functools.cache
 def decode() -> Callable | None:
     """What runs a whole LoRA layer for few tokens (csrc/layer.h), or None: it is not built, or of older sources."""
-    return getattr(_module(), "decode", None)
+    return getattr(_module(), "decode", None) if layer() is not None else None
 
 
 def decoded(of: object = None, forget: bool = False) -> int:
@@ -123,13 +126,9 @@ def decoded(of: object = None, forget: bool = False) -> int:
     return _module().calls(0 if of is None else id(of), forget) if decode() is not None else 0
 
 
-@functools.cache
 def few_tokens() -> int | None:
     """Where the compiled operators' library has few_tokens (csrc/cpu/few_tokens.h), or None."""
-    if not load():
-        return None
-    function = getattr(ctypes.CDLL(str(settings.get().library or LIBRARY)), "peft_fast_few_tokens", None)
-    return ctypes.cast(function, ctypes.c_void_p).value if function else None
+    return _few_tokens if load() else None
 
 
 @functools.cache

@@ -200,7 +200,8 @@ void few_tokens(const FewTokens& c) {
 
 }  // namespace peft_fast
 
-__attribute__((visibility("default"))) int peft_fast_few_tokens(const peft_fast::FewTokens* c) {
+__attribute__((visibility("default"))) int peft_fast_few_tokens(const peft_fast::FewTokens* c, int64_t size) {
+  if (size != sizeof *c) return 0;  // of another build
   try {
     bool trained = false;
     for (int64_t i = 0; i < c->n_lows && !trained; ++i)

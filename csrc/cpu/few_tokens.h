@@ -47,5 +47,6 @@ void few_tokens(const FewTokens&);
 
 }  // namespace peft_fast
 
-// few_tokens() for who does not link this library, unless all B are zero, which lora_decode answers: 1 if it ran
-extern "C" int peft_fast_few_tokens(const peft_fast::FewTokens*);
+// few_tokens() for who does not link this library and knows a FewTokens of `size` bytes, unless all B are zero, which
+// lora_decode answers: 1 if it ran
+extern "C" int peft_fast_few_tokens(const peft_fast::FewTokens*, int64_t size);

@@ -82,7 +82,7 @@ def test_few_tokens_too(provider, case, dtype, order):
 @pytest.mark.parametrize("K", [0, 1, 2048])
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_adapters_of_more_rows_than_the_weight_has(provider, case, K, tokens):
-    """Several threads have none but rows of adapters, the others wait for all of them."""
+    """Where rows are long enough for several threads, some have none but adapters', and the others wait for them."""
     torch.manual_seed(0)
     x, W, bias = torch.randn(tokens, K), torch.randn(40, K), torch.randn(40)
     As, Bs = [torch.randn(r, K) / 45 for r in (300, 5)], [torch.randn(40, r) for r in (300, 5)]

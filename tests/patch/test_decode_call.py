@@ -79,6 +79,37 @@ def test_several_active_adapters():
     assert torch.equal(call(layer, x), by_operator(layer, x)) and not torch.equal(call(layer, x), one)
 
 
+def test_another_name_where_one_was():
+    """PEFT keeps the caller's own list of names: a new name may come to lie where one in it was."""
+    model = model_of()
+    for name in ("second0", "third00"):
+        model.add_adapter(name, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+    model.eval()
+    layer, x = layers(model)[0], torch.randn(1, K)
+    reused = 0
+    for _ in range(100):
+        names = ["default", str(b"second0", "ascii")]
+        layer.set_adapter(names)
+        call(layer, x), call(layer, x)
+        before = id(names[1])
+        names.pop()
+        names.append(str(b"third00", "ascii"))
+        reused += id(names[1]) == before
+        assert layer.active_adapters == ["default", "third00"]
+        assert torch.equal(call(layer, x), by_operator(layer, x))
+    assert not reused  # who keeps an address keeps what lies there
+
+
+def test_names_of_a_class_of_their_own():
+    class Name(str):
+        pass
+
+    layer, x = layers(model_of())[0], torch.randn(1, K)
+    assert call(layer, x) is not None
+    layer._active_adapter = [Name("default")]
+    assert call(layer, x) is None
+
+
 def test_a_call_is_counted():
     model = model_of()
     layer, x = layers(model)[0], torch.randn(1, K)
@@ -206,6 +237,7 @@ IN_PLACE = {
     "a dropout that drops": lambda layer: layer.lora_dropout._modules.update(default=nn.Dropout(0.5)),
     "the base's mark": lambda layer: layer.base_layer.__dict__.pop("_peft_fast"),
     "a module inside": lambda layer: layer.base_layer._modules.update(base_layer=nn.Linear(1, 1)),
+    "settings": lambda layer: object.__setattr__(settings.get(), "disable", True),
     "the adapters' dict": lambda layer: layer.lora_B.__dict__.update(_modules={}),
 }
 
@@ -251,9 +283,11 @@ def test_it_keeps_nothing_alive():
     del layer.lora_A["default"]
     gc.collect()
     assert gone[2]() is None
+    key = id(layer)
+    assert native._module().calls(key) == 1
     del layer, model
     gc.collect()
-    assert [of() for of in gone] == [None] * 4
+    assert [of() for of in gone] == [None] * 4 and native._module().calls(key) == 0
 
 
 def test_threads_of_their_own():
@@ -268,6 +302,33 @@ def test_threads_of_their_own():
     threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     assert all(torch.equal(y, expected[i]) for i in range(4) for y in found[i])
+
+
+def test_threads_of_one_layer():
+    layer, x = layers(model_of())[0], torch.randn(1, K)
+    one = call(layer, x)
+    layer.scaling["default"] = 3.0
+    three, found = call(layer, x), []
+
+    def run():
+        found.extend(call(layer, x) for _ in range(300))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    [thread.start() for thread in threads]
+    for i in range(300):
+        layer.scaling["default"] = 1.0 + 2.0 * (i % 2)
+    [thread.join() for thread in threads]
+    assert not torch.equal(one, three) and len(found) == 900
+    assert all(torch.equal(y, one) or torch.equal(y, three) for y in found)
+
+
+def test_a_build_of_other_sources_is_left_alone(monkeypatch):
+    native.layer.cache_clear(), native.decode.cache_clear()
+    monkeypatch.setattr(native, "LIST", native.LIST + 1)
+    try:
+        assert native.layer() is None and native.decode() is None
+    finally:
+        native.layer.cache_clear(), native.decode.cache_clear()
 
 
 def test_a_process_ends_without_a_word(tmp_path):
