@@ -250,6 +250,13 @@ def test_nothing_stays_proven_that_changed(change):
     assert call(layer, x) is None
 
 
+def test_hooks_of_all_modules_that_were_replaced(monkeypatch):
+    layer, x = layers(model_of())[0], torch.randn(3, K)
+    assert call(layer, x) is not None
+    monkeypatch.setattr(nn.modules.module, "_global_forward_hooks", {0: lambda *args: None})
+    assert call(layer, x) is None
+
+
 def test_tensors_are_asked_every_time():
     """torch swaps what is behind a tensor without telling the module that has it."""
     layer, x = layers(model_of())[0], torch.randn(3, K)
