@@ -104,9 +104,9 @@ inline Py_ssize_t settled(const Around& around, const Words& words, Proof& proof
   return number(attribute(now, words.min_tokens));
 }
 
-// a layer that is to be fast, by its modules and the switches of the process; false where that is not the common case
+// a lora.Linear that is to be fast, by its modules and the switches of the process; false where that is not the common
+// case
 inline bool modules(const py::object& self, const Around& around, const Words& words, Found& found, Proof& proof) {
-  if ((PyObject*)Py_TYPE(self.ptr()) != around.lora) return false;
   const py::object switches = own(around.state, proof), state = own(self.ptr(), proof);
   if (!item(switches.ptr(), words.off).is(py::handle(Py_False))) return false;
   if (number(item(switches.ptr(), words.paused)) != 0) return false;

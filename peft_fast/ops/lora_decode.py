@@ -83,6 +83,7 @@ def whole() -> Callable | None:
     return native.layer()
 
 
+@functools.cache
 def direct() -> Callable | None:
     """The compiled call of a whole layer (csrc/layer.h), for up to TURNED tokens; None where it is not built."""
     return native.decode() if native.few_tokens() is not None else None

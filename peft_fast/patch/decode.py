@@ -9,7 +9,7 @@ common case returns None and goes the long way by plan.py, which takes no less t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -38,17 +38,12 @@ def _around() -> tuple:
     return *common, *modes, vars(settings), TURNED, plan.MAX_RANK, address()
 
 
-@functools.cache
-def _direct() -> Callable | None:
-    return direct()
-
-
 def run(layer: nn.Module, x: Tensor) -> Tensor | None:
     """x (..., K) -> y (..., N) of a layer that is to be fast and got nothing else, or None: the call is for others."""
     # where a training step ends
     if torch.is_grad_enabled():
         return None
-    if (call := _direct()) is not None and (y := call(layer, x, _around())) is not None:
+    if (call := direct()) is not None and (y := call(layer, x, _around())) is not None:
         return y
     if (common := whole()) is not None and (found := common(layer, x, _around())) is not None:
         W, bias, low, tokens, rank = found

@@ -24,7 +24,7 @@ def as_shipped(untouched_peft, request, monkeypatch):
     if request.param == "python look":
         monkeypatch.setattr(native, "layer", lambda: None)
     if request.param != "compiled call":
-        monkeypatch.setattr(decode, "_direct", lambda: None)
+        monkeypatch.setattr(decode, "direct", lambda: None)
     with settings.override(min_tokens=128):
         yield
 
