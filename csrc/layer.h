@@ -2,6 +2,8 @@
 // case is all there is to find. What its modules are is kept with a proof, and found anew where that stands no more; the
 // tensors, x and the modes of the process are asked every time.
 #pragma once
+#include <algorithm>
+#include <cstring>
 #include <memory>
 #include <unordered_map>
 
@@ -24,13 +26,14 @@ struct Words : adapters::Words {
            *dropouts = word("lora_dropout"), *scaling = word("scaling"), *casts = word("cast_input_dtype_enabled"),
            *level = word("_current_level"), *cpu = word("cpu"), *off = word("off"), *paused = word("paused"),
            *everywhere = word("everywhere"), *mark = word("_peft_fast"), *current = word("_current"),
-           *backend = word("backend"), *disable = word("disable"), *min_tokens = word("min_tokens");
+           *backend = word("backend"), *disable = word("disable"), *min_tokens = word("min_tokens"),
+           *magnitudes = word("lora_magnitude_vector"), *cache = word("_dora_cache"), *turned = word("fan_in_fan_out");
   PyObject* global_hooks[4] = {word("_global_forward_hooks"), word("_global_forward_pre_hooks"),
                                word("_global_backward_hooks"), word("_global_backward_pre_hooks")};
 };
 
 // of what Around names and in which order: another number for each other list
-constexpr int LIST = 2;
+constexpr int LIST = 3;
 
 // classes, dtypes and what tells of the modes that a call can be in, in the order that the caller names them
 struct Around {
@@ -41,13 +44,15 @@ struct Around {
   PyObject *function_modes, *dispatch_modes, *profiling;  // functions
   PyObject* settings;                                    // the dict of a Python module
   PyObject *most, *ranks, *few_tokens;                   // limits, and where few_tokens() is
+  PyObject *dora, *magnitude;                            // classes: the variant, and its module
 
   explicit Around(const py::tuple& of) {
     PyObject** const to[] = {&lora,       &linear,  &forward,  &identity,       &dropout,        &parameter,
                              &tensor,     &strided, &f32,      &bf16,           &autocast,       &tracing,
                              &functorch,  &exporting, &forward_ad, &modules,    &state,          &function_modes,
-                             &dispatch_modes, &profiling, &settings, &most,     &ranks,          &few_tokens};
-    if (of.size() != std::size(to)) throw py::value_error("24 things around a layer");
+                             &dispatch_modes, &profiling, &settings, &most,     &ranks,          &few_tokens,
+                             &dora,       &magnitude};
+    if (of.size() != std::size(to)) throw py::value_error("26 things around a layer");
     for (size_t i = 0; i < std::size(to); ++i) *to[i] = of[i].ptr();
     for (PyObject* dict : {forward_ad, modules, settings})
       if (!PyDict_Check(dict)) throw py::value_error("dicts of modules");
@@ -86,7 +91,7 @@ inline bool quiet(const Around& around, const Words& words) {
 
 // what a layer is made of
 struct Found {
-  py::object W, bias;
+  py::object W, bias, m;  // m: DoRA's, or null
   std::vector<adapters::Low> lows;
   bool casts;        // x to the adapters' dtype
   Py_ssize_t below;  // so many tokens the settings leave a call to the compiled kernels
@@ -104,6 +109,17 @@ inline Py_ssize_t settled(const Around& around, const Words& words, Proof& proof
   return number(attribute(now, words.min_tokens));
 }
 
+// an adapter's magnitude, by its variant and module; null where they are not the common case
+inline py::object magnitude(const py::object& variant, const py::object& module, const Around& around,
+                            const Words& words, Proof& proof) {
+  if ((PyObject*)Py_TYPE(variant.ptr()) != around.dora || !adapters::empty(own(variant.ptr(), proof), proof)) return {};
+  const py::object state = adapters::untouched(module, around.magnitude, words, proof);
+  if (!state || !adapters::empty(item(state.ptr(), words.cache), proof)) return {};  // PEFT was asked to keep its norm
+  if (!item(state.ptr(), words.turned).is(py::handle(Py_False))) return {};
+  const py::object parameters = adapters::dict(item(state.ptr(), words.parameters), proof);
+  return parameters ? item(parameters.ptr(), words.weight) : py::object();
+}
+
 // a lora.Linear that is to be fast, by its modules and the switches of the process; false where that is not the common
 // case
 inline bool modules(const py::object& self, const Around& around, const Words& words, Found& found, Proof& proof) {
@@ -117,9 +133,9 @@ inline bool modules(const py::object& self, const Around& around, const Words& w
   if (!item(state.ptr(), words.disabled).is(py::handle(Py_False))) return false;
   if (!merged || !PyList_Check(merged.ptr()) || PyList_Size(merged.ptr())) return false;
   proof.items(merged.ptr());
-  if (!adapters::empty(item(state.ptr(), words.variants), proof)) return false;
   const py::object parts = adapters::dict(item(state.ptr(), words.modules), proof);
-  if (!parts) return false;
+  const py::object variants = adapters::dict(item(state.ptr(), words.variants), proof);
+  if (!parts || !variants) return false;
 
   const py::object base = adapters::untouched(item(parts.ptr(), words.base), around.linear, words, proof);
   if (!base || !none(item(base.ptr(), words.tensor_parallel))) return false;
@@ -143,7 +159,14 @@ inline bool modules(const py::object& self, const Around& around, const Words& w
     if (!item(of.loras_A.ptr(), name.ptr())) continue;
     found.lows.emplace_back();
     if (!adapters::modules(of, name.ptr(), around.kinds(), words, found.lows.back(), proof)) return false;
+    const py::object variant = item(variants.ptr(), name.ptr());
+    if (!variant) continue;
+    const py::object magnitudes = children(parts, words.magnitudes, words, proof);
+    if (!magnitudes || found.m) return false;
+    found.m = magnitude(variant, item(magnitudes.ptr(), name.ptr()), around, words, proof);
+    if (!found.m || !found.lows.back().bias.is_none()) return false;
   }
+  if (found.m && found.lows.size() > 1) return false;
   found.casts = item(state.ptr(), words.casts).is(py::handle(Py_True));
   found.below = settled(around, words, proof);
   return !found.lows.empty();
@@ -154,7 +177,7 @@ struct Seen {
   Proof proof;
   py::object around, gone;  // whom it was found for; a reference to the layer that takes this away with it
   py::object names;
-  PyObject *W = nullptr, *bias = nullptr;
+  PyObject *W = nullptr, *bias = nullptr, *m = nullptr;
   struct Low {
     PyObject *A, *B, *bias, *scaling;
   };
@@ -162,6 +185,12 @@ struct Seen {
   bool casts = false;
   Py_ssize_t below = 0;
   uint64_t calls = 0;  // of decode() that it answered
+  // the norm of W + s·B·A, with what the probe gave beside so many tokens when that was its norm
+  struct Norm {
+    Py_ssize_t tokens;
+    py::object norm, probe, check;  // vectors in float32 that nobody else has
+  };
+  std::vector<Norm> norms;
 
   static std::unordered_map<PyObject*, std::unique_ptr<Seen>>& all() {
     static auto* const seen = new std::unordered_map<PyObject*, std::unique_ptr<Seen>>;  // outlives the interpreter
@@ -177,7 +206,7 @@ struct Seen {
   bool stands(const py::tuple& for_whom, Found& found) const {
     if (!around.is(for_whom) || !proof.stands()) return false;
     const auto owned = [](PyObject* of) { return py::reinterpret_borrow<py::object>(of); };
-    found = {owned(W), owned(bias), {}, casts, below, names};
+    found = {owned(W), owned(bias), owned(m), {}, casts, below, names};
     for (const Low& low : lows)
       found.lows.push_back({owned(low.A), owned(low.B), owned(low.bias), owned(low.scaling)});
     return true;
@@ -192,7 +221,7 @@ struct Seen {
     }
     if (!PROVABLE) return kept.get();
     kept->proof = std::move(proof), kept->around = around, kept->W = found.W.ptr(), kept->bias = found.bias.ptr();
-    kept->lows.clear(), kept->casts = found.casts, kept->below = found.below, kept->names = found.names;
+    kept->m = found.m.ptr(), kept->lows.clear(), kept->casts = found.casts, kept->below = found.below, kept->names = found.names;
     for (const adapters::Low& low : found.lows)
       kept->lows.push_back({low.A.ptr(), low.B.ptr(), low.bias.ptr(), low.scaling.ptr()});
     return kept.get();
@@ -204,7 +233,7 @@ struct Call : Found {
   Seen* seen;        // as long as the layer is
   py::object shape;  // of x
   Py_ssize_t tokens = 1, K = 0, rank = 0;  // all adapters' together
-  bool bf16, low_bf16;
+  bool bf16, low_bf16, m_bf16 = false;
 };
 
 // is it PEFT's lora.Linear over an nn.Linear with adapters, that is to be fast, in float32 or bfloat16 and on the
@@ -233,7 +262,7 @@ inline bool look(const py::object& self, const py::object& x, const py::tuple& o
   call.shape = adapters::property(x, tensors.shape);
   if (!PyTuple_Check(call.shape.ptr())) return false;
   const Py_ssize_t dims = PyTuple_GET_SIZE(call.shape.ptr());
-  if (dims == 0) return false;
+  if (dims == 0 || (call.m && dims == 1)) return false;  // of a vector PEFT's DoRA makes a row
   const auto size = [&](Py_ssize_t i) { return PyLong_AsSsize_t(PyTuple_GET_ITEM(call.shape.ptr(), i)); };
   for (Py_ssize_t i = 0; i + 1 < dims; ++i) call.tokens *= size(i);
   call.K = size(dims - 1);
@@ -246,11 +275,17 @@ inline bool look(const py::object& self, const py::object& x, const py::tuple& o
     call.rank += r;
   }
   call.low_bf16 = kind.is(py::handle(around.bf16));
+  if (call.m) {
+    py::object of_m;
+    if (!adapters::dense(call.m, around.parameter, around.strided, of_m)) return false;
+    call.m_bf16 = of_m.is(py::handle(around.bf16));
+    if (!call.m_bf16 && !of_m.is(py::handle(around.f32))) return false;
+  }
   return kind.is(dtype) || (kind.is(py::handle(around.f32)) && call.casts);
 }
 
-// a layer, x (..., K) and what is around them -> (W, bias, (As, Bs, biases of B, scalings), tokens, ranks together), or
-// None
+// a layer, x (..., K) and what is around them -> (W, bias, (As, Bs, biases of B, scalings), tokens, ranks together, m or
+// None), or None
 inline py::object common(const py::object& self, const py::object& x, const py::tuple& of) {
   static const Words words;
   Call call;
@@ -258,7 +293,17 @@ inline py::object common(const py::object& self, const py::object& x, const py::
   adapters::Lists lists;
   for (const adapters::Low& low : call.lows) lists.append(low);
   const py::object bias = none(call.bias) ? py::object(py::none()) : call.bias;
-  return py::make_tuple(call.W, bias, lists.all(), call.tokens, call.rank);
+  return py::make_tuple(call.W, bias, lists.all(), call.tokens, call.rank, call.m ? call.m : py::object(py::none()));
+}
+
+// the norm of a DoRA layer's weight, for decode() with so many tokens as long as the probe gives `check` beside them
+inline void keep(const py::object& self, Py_ssize_t tokens, const py::object& norm, const py::object& probe,
+                 const py::object& check) {
+  Seen* const seen = Seen::of(self.ptr());
+  if (!seen) return;
+  auto& norms = seen->norms;
+  norms.erase(std::remove_if(norms.begin(), norms.end(), [&](const auto& of) { return of.tokens == tokens; }), norms.end());
+  norms.push_back({tokens, norm, probe, check});
 }
 
 // calls that decode() answered, of the process
@@ -313,6 +358,12 @@ inline py::object decode(const py::object& self, const py::object& x, const py::
       return py::none();
     if (!plain(low.A) || !plain(low.B) || !vector(low.bias, N)) return py::none();
   }
+  Seen::Norm norm{};
+  if (call.m) {
+    for (const Seen::Norm& of : call.seen->norms)
+      if (of.tokens == call.tokens) norm = of;
+    if (!norm.check || !vector(call.m, N) || !vector(norm.check, N) || !vector(norm.probe, call.K)) return py::none();
+  }
   py::tuple shape(PyTuple_GET_SIZE(call.shape.ptr()));
   for (size_t i = 0; i + 1 < shape.size(); ++i)
     shape[i] = py::handle(PyTuple_GET_ITEM(call.shape.ptr(), Py_ssize_t(i)));
@@ -338,6 +389,12 @@ inline py::object decode(const py::object& self, const py::object& x, const py::
   few.bias = line(call.bias, call.bf16), few.y = values(y);
   few.lows = lows.data(), few.n_lows = int64_t(lows.size());
   if (!few.x.data || !few.w || !few.y) return py::none();
+  std::vector<float> check;
+  if (call.m) {
+    check.resize(N);
+    few.norm = (const float*)values(norm.norm), few.m = line(call.m, call.m_bf16);
+    few.probe = (const float*)values(norm.probe), few.check = check.data();
+  }
   const auto run = (decltype(&peft_fast_few_tokens))PyLong_AsVoidPtr(around.few_tokens);
   int ran = 0;
   {
@@ -345,6 +402,7 @@ inline py::object decode(const py::object& self, const py::object& x, const py::
     ran = run(&few, sizeof few);
   }
   if (!ran) return py::none();
+  if (call.m && std::memcmp(check.data(), values(norm.check), N * sizeof(float))) return py::none();
   ++call.seen->calls, ++calls();
   return y;
 }

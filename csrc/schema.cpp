@@ -51,6 +51,9 @@ STABLE_TORCH_LIBRARY(peft_fast, m) {
       "lora_decode(Tensor x, Tensor w, Tensor? bias, Tensor[] a, Tensor[] b, Tensor?[] low_biases, float[] scalings, "
       "bool transposed, int[] order=[], int[] counts=[]) -> Tensor");
   m.def(
+      "dora_decode(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, float scaling, Tensor m, Tensor norm, "
+      "Tensor? probe, bool transposed) -> (Tensor, Tensor)");
+  m.def(
       "lora_mixed(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor?[] biases, int[] order, int[] counts, "
       "float[] scalings) -> ()");
   m.def(
@@ -112,6 +115,7 @@ STABLE_TORCH_LIBRARY_IMPL(peft_fast, CPU, m) {
   m.impl("lora_embedding", TORCH_BOX(&peft_fast::lora_embedding));
   m.impl("lora_embedding_backward", TORCH_BOX(&peft_fast::lora_embedding_backward));
   m.impl("lora_decode", TORCH_BOX(&peft_fast::lora_decode));
+  m.impl("dora_decode", TORCH_BOX(&peft_fast::dora_decode));
   m.impl("all_zero", TORCH_BOX(&peft_fast::all_zero));
   m.impl("lora_mixed", TORCH_BOX(&peft_fast::lora_mixed));
   m.impl("lora_experts_infer", TORCH_BOX(&peft_fast::lora_experts_infer));

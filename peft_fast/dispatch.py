@@ -32,6 +32,7 @@ UNPLANNED = {
     "lora_decode",
     "lora_embedding",
     "dora_linear",
+    "dora_decode",
     "dora_embedding",
     "dora_norm",
     "lora_mixed",

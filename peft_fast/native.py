@@ -15,7 +15,7 @@ import torch
 from peft_fast import settings
 
 LIBRARY = Path(__file__).with_name("libpeft_fast.so")
-LIST = 2  # what patch/decode.py gives csrc/layer.h, which has the same number
+LIST = 3  # what patch/decode.py gives csrc/layer.h, which has the same number
 _reason = "not loaded yet"
 _few_tokens: int | None = None
 
@@ -124,6 +124,11 @@ def decode() -> Callable | None:
 def decoded(of: object = None, forget: bool = False) -> int:
     """How many calls that has answered: those of one layer, begun anew if they are to be forgotten, or all."""
     return _module().calls(0 if of is None else id(of), forget) if decode() is not None else 0
+
+
+def keep(of: object, tokens: int, norm: torch.Tensor, probe: torch.Tensor, check: torch.Tensor) -> None:
+    """Gives decode() the norm of a DoRA layer's weight, for as many tokens and as long as the probe gives check."""
+    _module().keep(of, tokens, norm, probe, check)
 
 
 def few_tokens() -> int | None:

@@ -118,4 +118,32 @@ Tensor lora_decode(const Tensor& x_, const Tensor& w, const std::optional<Tensor
   return y;
 }
 
+std::tuple<Tensor, Tensor> dora_decode(const Tensor& x_, const Tensor& w, const std::optional<Tensor>& bias,
+                                       const Tensor& a, const Tensor& b, double scaling, const Tensor& m,
+                                       const Tensor& norm_, const std::optional<Tensor>& probe_, bool transposed) {
+  const Matrix x = matrix(x_, "x");
+  check_float(w, "W");
+  const int64_t M = x.rows, K = x.cols;
+  check_fits(w.dim() == 2 && w.size(transposed ? 0 : 1) == K && a.dim() == 2);
+  const int64_t N = w.size(transposed ? 1 : 0), r = a.size(0);
+  const auto floats = [](const Tensor& t, int64_t n) {
+    check_fits(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == n);
+    return torch::stable::contiguous(t);
+  };
+  const Tensor norm = floats(norm_, N), probe = probe_ ? floats(*probe_, K) : norm;
+  Tensor y = empty_like(x_, with_last(x_, N)), check = empty_like(w, {probe_ ? N : 0}, ScalarType::Float);
+  if (N == 0 || (M == 0 && !probe_)) return {y, check};
+  const Source given = weight(w, transposed, false);
+  const Tensor dense = K <= 1 || N <= 1 || given.row == 1 || given.col == 1 ? w : torch::stable::contiguous(w);
+  const Source base = weight(dense, transposed, false);
+  std::vector<Tensor> kept;
+  const FewTokens::Low low{rows(a, "A", r, K, kept), rows(b, "B", N, r, kept), {}, r, scaling, 0};
+  FewTokens few{M, K, N, {x.source.data, x.source.bf16, x.source.row}, base.data, base.bf16, base.row, base.col,
+                line(bias, "bias", N), &low, 1, y.mutable_data_ptr(), nullptr, 0};
+  few.norm = (const float*)norm.const_data_ptr(), few.m = line(m, "m", N);
+  if (probe_) few.probe = (const float*)probe.const_data_ptr(), few.check = (float*)check.mutable_data_ptr();
+  few_tokens(few);
+  return {y, check};
+}
+
 }  // namespace peft_fast

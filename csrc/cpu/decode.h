@@ -12,6 +12,12 @@ Tensor lora_decode(const Tensor& x, const Tensor& w, const std::optional<Tensor>
                    const std::vector<double>& scalings, bool transposed, const std::vector<int64_t>& order,
                    const std::vector<int64_t>& counts);
 
+// the same of one adapter with DoRA's m (N,) and norm (N,), float32 -> y = m/norm∘(x·Wᵀ + s·x·Aᵀ·Bᵀ) + bias, and of a
+// probe (K,), float32, what it gives before m, norm and bias: (N,) in float32, empty without one
+std::tuple<Tensor, Tensor> dora_decode(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
+                                       const Tensor& a, const Tensor& b, double scaling, const Tensor& m,
+                                       const Tensor& norm, const std::optional<Tensor>& probe, bool transposed);
+
 // is every element of these matrices zero?
 bool all_zero(const std::vector<Tensor>& ts);
 

@@ -49,11 +49,11 @@ struct Packed {
   int64_t ld;
 
   Packed(const Engine& e, const FewTokens& c, const Order& order, char* out, int64_t ld_) : data(out), ld(ld_) {
-    const Source x{c.x.data, c.x.bf16, c.x.row, 1};
-    for (int64_t m = 0; m < c.M; ++m) {
+    const Source x{c.x.data, c.x.bf16, c.x.row, 1}, probe{c.probe, false, c.K, 1};
+    for (int64_t m = 0; m < c.M + (c.probe ? 1 : 0); ++m) {
       char* to = out + m * ld * e.element();
       std::memset(to + c.K * e.element(), 0, (ld - c.K) * e.element());
-      e.rows(x, order(m), 1, 0, c.K, to, ld);
+      e.rows(m < c.M ? x : probe, m < c.M ? order(m) : 0, 1, 0, c.K, to, ld);
     }
   }
 };
@@ -96,7 +96,8 @@ bool zero(const FewTokens& c, const FewTokens::Rows& b, int64_t r) {
 }  // namespace
 
 void few_tokens(const FewTokens& c) {
-  const auto& [M, K, N] = std::tie(c.M, c.K, c.N);
+  const auto& [K, N] = std::tie(c.K, c.N);
+  const int64_t M = c.M + (c.probe ? 1 : 0);
   const Order order{c.order, c.order ? M / c.n_order : 0};
   const bool columns = K > 1 && c.w_col != 1;  // the weight's neighbours lie along n
   const Engine& wide = engine(false);
@@ -181,6 +182,13 @@ void few_tokens(const FewTokens& c) {
       for (int64_t m = 0; m < of.tokens; ++m)
         for (int64_t i = 0; i < n; ++i) to[m * COLUMNS + i] += added[m * COLUMNS + i];
     }
+    if (c.probe) std::memcpy(c.check + j, to_round + c.M * COLUMNS, n * sizeof(float));
+    if (c.norm) {
+      wide.rows({c.m.data, c.m.bf16, 0, c.m.step}, 0, 1, j, n, part, n);
+      for (int64_t i = 0; i < n; ++i) part[i] /= c.norm[j + i];
+      for (int64_t m = 0; m < c.M; ++m)
+        for (int64_t i = 0; i < n; ++i) to_round[m * COLUMNS + i] *= part[i];
+    }
     std::fill(sum, sum + n, 0.0f);
     for (const Added& of : lines) {
       wide.rows({of.line.data, of.line.bf16, 0, of.line.step}, 0, 1, j, n, part, n);
@@ -191,8 +199,8 @@ void few_tokens(const FewTokens& c) {
     }
     Target to{(char*)c.y + j * bytes(c.x.bf16), c.x.bf16, N, 1};
     to.bias = lines.empty() ? nullptr : sum;
-    const int64_t rows = c.order ? 1 : M;
-    for (int64_t m = 0; m < M; m += rows)
+    const int64_t rows = c.order ? 1 : c.M;
+    for (int64_t m = 0; m < c.M; m += rows)
       for (int64_t i = 0; i < n; i += e.nr)
         e.finish(to_round + m * COLUMNS + i, COLUMNS, int(rows), int(std::min<int64_t>(e.nr, n - i)), order(m), i, to);
   });

@@ -40,9 +40,17 @@ struct FewTokens {
   // second's, ..., and last those of none; null: every adapter has all tokens
   const int64_t* order;
   int64_t n_order;
+  // of DoRA, whose sums are multiplied by m/norm, both (N,), before the bias; null: of LoRA
+  const float* norm;
+  Line m;
+  // one token more, (K,), beside the M of x: what it gives before m, norm and bias goes to `check` (N,), whose bits
+  // tell whether W + Σ s·B·A is what it was; null: none
+  const float* probe;
+  float* check;
 };
 
-// y = x·Wᵀ + bias + Σ s·(x·Aᵀ·Bᵀ + b_B), rounded once; of shapes that fit, and M, N > 0
+// y = m/norm∘(x·Wᵀ + Σ s·(x·Aᵀ·Bᵀ + b_B)) + bias, rounded once; of shapes that fit, and M, N > 0. With an order there
+// is no probe
 void few_tokens(const FewTokens&);
 
 }  // namespace peft_fast

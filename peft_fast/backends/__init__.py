@@ -16,6 +16,7 @@ OPS = (
     "lora_mixed",
     "dora_norm",
     "dora_linear",
+    "dora_decode",
     "dora_embedding",
     "lora_experts",
     "nf4",

@@ -1,5 +1,6 @@
 """Public operators: adapters fused with the frozen layers they adapt, as autograd functions."""
 
+from peft_fast.ops.dora_decode import dora_decode
 from peft_fast.ops.dora_embedding import dora_embedding
 from peft_fast.ops.dora_linear import dora_linear
 from peft_fast.ops.dora_norm import dora_norm
@@ -24,6 +25,7 @@ __all__ = [
     "Sibling",
     "combine_experts",
     "dequantize",
+    "dora_decode",
     "dora_embedding",
     "dora_linear",
     "dora_norm",

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from peft_fast import settings
 from peft_fast.ops import Sibling, prepare
 from peft_fast.ops.lora_decode import MOST, TURNED, address, direct, kernel, look, most, whole
-from peft_fast.patch import alike, ledger, marks, plan
+from peft_fast.patch import alike, dora, ledger, marks, plan
 from peft_fast.patch.marks import wanted
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -35,7 +35,7 @@ def _around() -> tuple:
     named = vars(forward_ad), vars(nn.modules.module), marks.state
     modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
     common = plan.Linear, linear, alike.torchs, *others, Tensor, strided, *DTYPES, *asked, *named
-    return *common, *modes, vars(settings), TURNED, plan.MAX_RANK, address()
+    return *common, *modes, vars(settings), TURNED, plan.MAX_RANK, address(), *dora.classes()
 
 
 def run(layer: nn.Module, x: Tensor) -> Tensor | None:
@@ -46,10 +46,10 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
     if (call := direct()) is not None and (y := call(layer, x, _around())) is not None:
         return y
     if (common := whole()) is not None and (found := common(layer, x, _around())) is not None:
-        W, bias, low, tokens, rank = found
+        W, bias, low, tokens, rank, m = found
         transposed = False
     elif (found := _found(layer, x)) is not None:
-        W, bias, low, tokens, rank, transposed = found
+        (W, bias, low, tokens, rank, transposed), m = found, None
     else:
         return None
     now = settings.get()
@@ -61,6 +61,8 @@ def run(layer: nn.Module, x: Tensor) -> Tensor | None:
         return None
     if (compiled := kernel()) is None:
         return None
+    if m is not None:
+        return dora.decode(layer, x, W, bias, low, m) if tokens <= TURNED else None
     prepare.count_call()
     ledger.count(layer, None)
     return compiled(x, W, bias, *low, transposed)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_fast import dispatch, settings
-from peft_fast.ops import Adapter, Sibling, dora_embedding, dora_linear, dora_norm
+from peft_fast.ops import Adapter, Sibling, dora_embedding, dora_linear, dora_norm, prepare
 from peft_fast.ops.checks import FLOATS
+from peft_fast.ops.dora_decode import dora_decode, fresh, keep, probed
+from peft_fast.ops.lora_decode import MOST
 from peft_fast.patch import ledger, plan
 
 # fingerprint of what is stood in for -> the PEFT releases that have it, read line by line
@@ -97,10 +99,36 @@ def run(layer: nn.Module, x: Tensor, found: Plan) -> Tensor:
         return plan.stock_linear(layer, x)
     W, bias, (adapter,), transposed = found.linear
     norm, backend = _cached(found.magnitude, W, adapter, transposed, None), None
+    few = x.is_cpu and not torch.is_grad_enabled() and x.shape[:-1].numel() <= MOST
+    if norm is not None and few and adapter.p == 0 and not fresh(adapter.B):
+        return dora_decode(x, W, bias, adapter, found.m, norm, transposed=transposed)
     if _as_the_base_alone(x, adapter):
         backend, norm = "torch", dora_norm(W, adapter, transposed=transposed) if norm is None else norm
     options = {"transposed": transposed, "exact": settings.get().exact, "backend": backend}
     return dora_linear(x, W, bias, adapter, found.m, norm=norm, **options)
+
+
+def decode(
+    layer: nn.Module, x: Tensor, W: Tensor, bias: Tensor | None, low: tuple[list, ...], m: Tensor
+) -> Tensor | None:
+    """x (..., K) -> y (..., N) for few tokens, of what decode.py has looked at; the next calls are the compiled one's.
+
+    None: for run().
+    """
+    (A,), (B,), _, (scaling,) = low
+    if known("Linear") or m.shape != W.shape[:1] or fresh(B):
+        return None
+    norm = dora_norm(W, Adapter(A, B, scaling))
+    y, check = probed(x, W, bias, A, B, scaling, m, norm)
+    keep(layer, x, norm, check)
+    prepare.count_call()
+    ledger.count(layer, None)
+    return y
+
+
+def classes() -> tuple[type, type]:
+    """PEFT's variant of linear layers, and its module."""
+    return _variants.DoraLinearVariant, _dora.DoraLinearLayer
 
 
 def _as_the_base_alone(x: Tensor, adapter: Adapter) -> bool:

@@ -167,7 +167,7 @@ def test_inputs_that_are_pefts():
     conv = toy(conv1d).eval()
     with torch.no_grad():
         assert decode.run(layers(conv)[0], torch.randn(2, K, 2)[..., 0]) is None
-    assert twice(toy(use_dora=True).eval(), inputs(2, K).detach())[2] == 0
+    assert twice(toy(conv1d, use_dora=True).eval(), inputs(2, K).detach())[2] == 0
 
 
 def test_copies_and_pickles(tmp_path):

@@ -220,8 +220,8 @@ def test_the_compiled_look_takes_the_common_layer(dtype, config):
     model.eval()
     layer, x = layers(model)[0], torch.randn(3, 2, K, dtype=dtype)
     with torch.no_grad():
-        W, bias, low, tokens, rank = _compiled(layer, x, decode._around())
-        assert decode._found(layer, x) == (W, bias, low, tokens, rank, False)
+        W, bias, low, tokens, rank, m = _compiled(layer, x, decode._around())
+        assert m is None and decode._found(layer, x) == (W, bias, low, tokens, rank, False)
     assert (tokens, rank, len(low[0])) == (6, 9, 2) and bias is not None
     layer.base_layer.add_module("base_layer", nn.Linear(K, N))
     with torch.no_grad():

@@ -20,6 +20,7 @@ def register() -> None:
     torch.library.register_fake("peft_fast::lora_embedding", _lora_embedding)
     torch.library.register_fake("peft_fast::lora_embedding_backward", _lora_embedding_backward)
     torch.library.register_fake("peft_fast::lora_decode", _lora_decode)
+    torch.library.register_fake("peft_fast::dora_decode", _dora_decode)
     torch.library.register_fake("peft_fast::lora_mixed", _lora_mixed)
     torch.library.register_fake("peft_fast::lora_experts", _lora_experts)
     torch.library.register_fake("peft_fast::lora_experts_infer", _lora_experts_infer)
@@ -96,6 +97,11 @@ def _lora_embedding_backward(g, ids, A, B, H, scale, scaling, padding, needs):
 
 def _lora_decode(x, W, bias, As, Bs, low_biases, scalings, transposed, order=(), counts=()):
     return x.new_empty(*x.shape[:-1], W.shape[1 if transposed else 0])
+
+
+def _dora_decode(x, W, bias, A, B, scaling, m, norm, probe, transposed):
+    N = W.shape[1 if transposed else 0]
+    return x.new_empty(*x.shape[:-1], N), norm.new_empty(N if probe is not None else 0)
 
 
 def _nf4(data, scales, code, block, N, K, bf16):

@@ -1,0 +1,83 @@
+"""dora_linear for few tokens and no gradients, as when generating: W is read once, the norm is given."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from peft_fast import dispatch, native
+from peft_fast.backends import modules
+from peft_fast.ops import prepare
+from peft_fast.ops.checks import check, check_kinds
+from peft_fast.ops.dora_linear import check_columns, dora_linear
+from peft_fast.ops.spec import Adapter
+
+backends = modules("dora_decode")
+
+
+def dora_decode(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    adapter: Adapter,
+    m: Tensor,
+    norm: Tensor,
+    *,
+    transposed: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """x (..., K), W (N, K) or (K, N) if ``transposed``, bias, m, norm (N,) -> y (..., N) in x's dtype (autocast's).
+
+    Adapters are multiplied in their own dtype, everything is summed in float32 and rounded once. Where no kernel of
+    its own runs (other devices and dtypes, dropout, a gradient that is wanted) this is dora_linear, of which it has
+    the errors and the source.
+    """
+    check_kinds(x, W, bias, [adapter])
+    dtype, _ = prepare.computed_dtype(x)
+    check(x, dtype, W, bias, [adapter], transposed)
+    for given, name in (m, "m"), (norm, "norm"):
+        check_columns(given, name, W, transposed)
+    wanted = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, W, bias, adapter.A, adapter.B, m)
+    )
+    if not wanted and adapter.p == 0 and adapter.bias is None and backend not in ("torch", "reference"):
+        others = prepare.tensors_beside_W([adapter], bias)
+        name, *_ = dispatch.pick(x, dtype, W, others, backend=backend, op="dora_decode")
+        if name in backends and m.dtype in (torch.float32, torch.bfloat16):
+            prepare.count_call()
+            (adapter,) = prepare.number_scalings([adapter])
+            return backends[name].forward(x.to(dtype), W.to(dtype), bias, adapter, m, norm, None, transposed)[0]
+    return dora_linear(x, W, bias, adapter, m, norm=norm, transposed=transposed, backend=backend)
+
+
+@functools.lru_cache(maxsize=256)
+def probe(K: int) -> Tensor:
+    """(K,) in float32, exact in bfloat16: a token whose product tells W + s·B·A from any other.
+
+    It is one token more of a pass that waits for W anyway. Elements of 1 to 2 with signs of their own: what changes
+    an element of W by so little that the float32 sum of its row keeps its bits changes the row's norm by less than
+    that is rounded. Changes of several elements that cancel in it take a search for them.
+    """
+    of = torch.Generator().manual_seed(K)
+    size = torch.randint(64, 128, (K,), generator=of, dtype=torch.float32) / 64
+    return size * (torch.randint(0, 2, (K,), generator=of) * 2 - 1)
+
+
+def probed(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, m: Tensor, norm: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The compiled kernel, for who has looked at every tensor himself -> y, and what the probe gives beside x, (N,)."""
+    given = probe(x.shape[-1])
+    return torch.ops.peft_fast.dora_decode.default(x, W, bias, A, B, scaling, m, norm, given, False)
+
+
+def fresh(B: Tensor) -> bool:
+    """Is an adapter one that was not trained?"""
+    return torch.ops.peft_fast.all_zero.default([B])
+
+
+def keep(layer: object, x: Tensor, norm: Tensor, check: Tensor) -> None:
+    """From now on the compiled call of a layer (csrc/layer.h) has its norm, until the probe does not give ``check``."""
+    native.keep(layer, x.shape[:-1].numel(), norm, probe(x.shape[-1]), check)
