@@ -2,7 +2,6 @@
 // case is all there is to find. What its modules are is kept with a proof, and found anew where that stands no more; the
 // tensors, x and the modes of the process are asked every time.
 #pragma once
-#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <unordered_map>
@@ -217,7 +216,7 @@ struct Seen {
     auto& kept = all()[key];
     if (!kept) {
       kept = std::make_unique<Seen>();
-      kept->gone = py::weakref(self, py::cpp_function([key](py::handle) { all().erase(key); }));
+      kept->gone = py::weakref(self, py::cpp_function([key](py::handle) { all().extract(key); }));
     }
     if (!PROVABLE) return kept.get();
     kept->proof = std::move(proof), kept->around = around, kept->W = found.W.ptr(), kept->bias = found.bias.ptr();
@@ -301,9 +300,11 @@ inline void keep(const py::object& self, Py_ssize_t tokens, const py::object& no
                  const py::object& check) {
   Seen* const seen = Seen::of(self.ptr());
   if (!seen) return;
-  auto& norms = seen->norms;
-  norms.erase(std::remove_if(norms.begin(), norms.end(), [&](const auto& of) { return of.tokens == tokens; }), norms.end());
-  norms.push_back({tokens, norm, probe, check});
+  // to give a tensor up may let another thread run: what it meets is whole
+  std::vector<Seen::Norm> norms{{tokens, norm, probe, check}};
+  for (const Seen::Norm& of : seen->norms)
+    if (of.tokens != tokens) norms.push_back(of);
+  seen->norms.swap(norms);
 }
 
 // calls that decode() answered, of the process

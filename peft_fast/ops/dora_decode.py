@@ -66,18 +66,17 @@ def probe(K: int) -> Tensor:
 
 
 def probed(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, m: Tensor, norm: Tensor
+    x: Tensor, W: Tensor, bias: Tensor | None, adapter: Adapter, m: Tensor, norm: Tensor, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     """The compiled kernel, for who has looked at every tensor himself -> y, and what the probe gives beside x, (N,)."""
-    given = probe(x.shape[-1])
-    return torch.ops.peft_fast.dora_decode.default(x, W, bias, A, B, scaling, m, norm, given, False)
+    return backends["cpu"].forward(x, W, bias, adapter, m, norm, probe(x.shape[-1]), transposed)
+
+
+def keep(layer: object, tokens: int, norm: Tensor, check: Tensor, K: int) -> None:
+    """From now on the compiled call of a layer (csrc/layer.h) has its norm, until the probe does not give ``check``."""
+    native.keep(layer, tokens, norm, probe(K), check)
 
 
 def fresh(B: Tensor) -> bool:
-    """Is an adapter one that was not trained?"""
+    """Is an adapter in float32 or bfloat16 one that was not trained?"""
     return torch.ops.peft_fast.all_zero.default([B])
-
-
-def keep(layer: object, x: Tensor, norm: Tensor, check: Tensor) -> None:
-    """From now on the compiled call of a layer (csrc/layer.h) has its norm, until the probe does not give ``check``."""
-    native.keep(layer, x.shape[:-1].numel(), norm, probe(x.shape[-1]), check)

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_fast import dispatch, settings
-from peft_fast.ops import Adapter, Sibling, dora_embedding, dora_linear, dora_norm, prepare
+from peft_fast.ops import Adapter, Sibling, dora_embedding, dora_linear, dora_norm
 from peft_fast.ops.checks import FLOATS
-from peft_fast.ops.dora_decode import dora_decode, fresh, keep, probed
-from peft_fast.ops.lora_decode import MOST
-from peft_fast.patch import ledger, plan
+from peft_fast.ops.dora_decode import dora_decode, fresh
+from peft_fast.patch import ledger, norms, plan
 
 # fingerprint of what is stood in for -> the PEFT releases that have it, read line by line
 KNOWN = {"2580636e9d33cc0d": "0.19.0 to 0.21.2", "218234e7fed27992": "0.19.0 to 0.21.2, Embedding"}
@@ -99,9 +98,12 @@ def run(layer: nn.Module, x: Tensor, found: Plan) -> Tensor:
         return plan.stock_linear(layer, x)
     W, bias, (adapter,), transposed = found.linear
     norm, backend = _cached(found.magnitude, W, adapter, transposed, None), None
-    few = x.is_cpu and not torch.is_grad_enabled() and x.shape[:-1].numel() <= MOST
-    if norm is not None and few and adapter.p == 0 and not fresh(adapter.B):
-        return dora_decode(x, W, bias, adapter, found.m, norm, transposed=transposed)
+    if norms.pays(layer, W, adapter):
+        if norms.few(layer, x, W, adapter, found.m, transposed) and not fresh(adapter.B):
+            if norm is not None:
+                return dora_decode(x, W, bias, adapter, found.m, norm, transposed=transposed)
+            return norms.decode(layer, x, W, bias, adapter, found.m, transposed)
+        norm = norms.of(layer, W, adapter, transposed) if norm is None else norm
     if _as_the_base_alone(x, adapter):
         backend, norm = "torch", dora_norm(W, adapter, transposed=transposed) if norm is None else norm
     options = {"transposed": transposed, "exact": settings.get().exact, "backend": backend}
@@ -116,14 +118,11 @@ def decode(
     None: for run().
     """
     (A,), (B,), _, (scaling,) = low
-    if known("Linear") or m.shape != W.shape[:1] or fresh(B):
+    adapter = Adapter(A, B, scaling)
+    if known("Linear") or m.shape != W.shape[:1] or fresh(B) or not norms.pays(layer, W, adapter):
         return None
-    norm = dora_norm(W, Adapter(A, B, scaling))
-    y, check = probed(x, W, bias, A, B, scaling, m, norm)
-    keep(layer, x, norm, check)
-    prepare.count_call()
     ledger.count(layer, None)
-    return y
+    return norms.decode(layer, x, W, bias, adapter, m, False)
 
 
 def classes() -> tuple[type, type]:
@@ -192,10 +191,13 @@ def embedding_plan_of(layer: nn.Module, plain: Callable) -> EmbeddingPlan | str:
     return EmbeddingPlan(base.W, base.adapters[0], magnitude, base.padding_idx, base.scale)
 
 
-def run_embedding(ids: Tensor, found: EmbeddingPlan) -> Tensor:
+def run_embedding(layer: nn.Module, ids: Tensor, found: EmbeddingPlan) -> Tensor:
     """ids (...,) -> y (..., D)."""
     W, adapter, magnitude, padding_idx, scale = found
-    norm = _cached(magnitude, W, adapter, True, torch.promote_types(W.dtype, adapter.A.dtype))
+    dtype = torch.promote_types(W.dtype, adapter.A.dtype)
+    norm = _cached(magnitude, W, adapter, True, dtype)
+    if norm is None and norms.pays(layer, W, adapter):
+        norm = norms.of(layer, W, adapter, True, dtype)
     m = magnitude._parameters["weight"]
     return dora_embedding(ids, W, adapter, m, padding_idx=padding_idx, scale=scale, norm=norm)
 

@@ -53,7 +53,7 @@ def forward(self, x, *args, **kwargs):
     if reason:
         return plan.stock_embedding(self, x, *args, **kwargs)
     if type(found) is dora.EmbeddingPlan:
-        return dora.run_embedding(x, found)
+        return dora.run_embedding(self, x, found)
     W, adapters, padding_idx, scale = found
     return lora_embedding(x, W, adapters, padding_idx=padding_idx, scale=scale)
 

@@ -124,9 +124,9 @@ def test_what_the_probe_gives(M, dtype, isa):
     """The product with W + s·B·A, always with the same bits, and y is what it is without a probe beside it."""
     x, W, bias, adapter, m, norm = tensors(M, K=170, dtype=dtype)
     with numerics.Provider("cpu", isa=isa).active():
-        y, check = probed(x, W, bias, adapter.A, adapter.B, 0.5, m, norm)
+        y, check = probed(x, W, bias, adapter, m, norm, False)
         for _ in range(3):
-            again = probed(x, W, bias, adapter.A, adapter.B, 0.5, m, norm)
+            again = probed(x, W, bias, adapter, m, norm, False)
             assert torch.equal(again[0], y) and torch.equal(again[1], check)
         alone = dora_decode(x, W, bias, adapter, m, norm, backend="cpu")
     whole = W.double() + 0.5 * (adapter.B.double() @ adapter.A.double())
@@ -150,7 +150,7 @@ def test_the_probe_tells_every_change_that_a_norm_tells(dtype, units):
         n, k = (int(torch.randint(0, size, (), generator=of)) for size in W.shape)
         bits = changed.view(torch.int32 if dtype is torch.float32 else torch.int16)
         bits[n, k] += units
-        found = [probed(x, w, bias, adapter.A, adapter.B, 0.5, m, norm)[1] for w in (W, changed)]
+        found = [probed(x, w, bias, adapter, m, norm, False)[1] for w in (W, changed)]
         rows = (found[0] != found[1]).nonzero().flatten().tolist()
         assert rows in ([], [n])
         told += bool(rows)
@@ -159,6 +159,6 @@ def test_the_probe_tells_every_change_that_a_norm_tells(dtype, units):
         assert rows or moved < torch.finfo(torch.float32).eps, (seed, moved)
     assert told > 35 or (dtype is torch.float32 and units == 1)  # which moves no norm
     A, B, s = adapter.A, adapter.B, 0.5
-    before = probed(x, W, bias, A, B, s, m, norm)[1]
+    before = probed(x, W, bias, adapter, m, norm, False)[1]
     for a, b, scaling in ((A.roll(1, 0), B, s), (A, -B, s), (A, B.roll(1, 0), s), (A, B, -s)):
-        assert (probed(x, W, bias, a, b, scaling, m, norm)[1] != before).float().mean() > 0.9
+        assert (probed(x, W, bias, Adapter(a, b, scaling), m, norm, False)[1] != before).float().mean() > 0.9

@@ -1,6 +1,7 @@
 """DoRA, few tokens without gradients: the norm is kept as long as the probe finds W + s·B·A as it was."""
 
 import copy
+import functools
 import gc
 import threading
 import weakref
@@ -15,9 +16,10 @@ import peft_fast
 from peft_fast import native, ops, settings
 from peft_fast.ops import dora_norm
 from peft_fast.patch import decode, dora
+from peft_fast.patch import norms as kept_norms
 from tests.patch.decoding import decoded
 from tests.patch.test_decode_changes import BROKEN, CHANGES
-from tests.patch.toys import K, N, conv1d, inputs, layers, stock, toy
+from tests.patch.toys import K, N, adapt, conv1d, inputs, layers, stock, toy
 
 pytestmark = pytest.mark.skipif(not native.load(), reason=f"the compiled operators: {native.reason()}")
 
@@ -40,12 +42,13 @@ def norms(monkeypatch):
         return dora_norm(*args, **kwargs)
 
     monkeypatch.setattr(dora, "dora_norm", counted)
+    monkeypatch.setattr(kept_norms, "dora_norm", counted)
     return found
 
 
-def model_of(dtype=torch.float32, **config):
+def model_of(dtype=torch.float32, layer=nn.Linear, **config):
     """Two DoRA layers whose magnitudes are not the norms."""
-    model = toy(base_dtype=dtype, use_dora=True, **config).eval()
+    model = toy(layer, base_dtype=dtype, use_dora=True, **config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "magnitude" in name:
@@ -94,13 +97,22 @@ def test_calls_are_counted_as_any():
     assert ops.fast_calls() == before + 4
 
 
-def test_each_number_of_tokens_has_its_own(norms):
-    """The order of its sums is another."""
-    model = model_of()
-    for tokens in (1, 5, 1, 5, 8, 1, 8):
-        assert assert_right(model, inputs(tokens, K).detach()) == 2
-    assert len(norms) == 2 * 3
-    assert assert_right(model, inputs(9, K).detach()) == 0  # by dora_linear
+@pytest.mark.parametrize("layer", [nn.Linear, conv1d])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_tokens(layer, dtype, norms):
+    """The order of its sums may be another, the norm is the same."""
+    model = model_of(dtype, layer=layer)
+    for tokens in (1, 5, 1, 5, 8, 9, 31, 1, 8, 33, 150, 9, 150):
+        taken = assert_right(model, inputs(tokens, K, dtype=dtype).detach())
+        assert taken == (2 if tokens <= 8 and layer is nn.Linear else 0)
+    assert len(norms) == 2
+    for layer in layers(model):
+        layer.base_layer.weight.data[1, 2] += 0.5
+    for tokens in (150, 1, 9, 150):
+        assert_right(model, inputs(tokens, K, dtype=dtype).detach())
+    assert len(norms) == 4
+    report = peft_fast.report(model)
+    assert (report.fast_calls, report.handed_back) == (2 * 17, {})
 
 
 @pytest.mark.parametrize("change", [change for change in CHANGES if change != "train"])  # whose masks are others
@@ -262,6 +274,59 @@ def test_a_layer_takes_its_norm_with_it():
     del model
     gc.collect()
     assert gone[0]() is None and gone[1]() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings(dtype, norms):
+    """Their norms are those of columns, over all of the table."""
+    embedding = functools.partial(adapt, lambda: nn.Sequential(nn.Embedding(40, 24)).to(dtype), ["0"], use_dora=True)
+    model, ids = embedding().eval(), torch.tensor([[3, 39], [0, 3]])
+    for _ in range(3):
+        assert_right(model, ids)
+    assert len(norms) == 1
+    layer = model.base_model.model[0]
+    layer.base_layer.weight.data[7].neg_()
+    assert_right(model, ids), assert_right(model, ids)
+    layer.lora_embedding_B["default"].data.mul_(2)
+    assert_right(model, ids), assert_right(model, ids)
+    layer.lora_magnitude_vector["default"].weight.data.mul_(3)
+    assert_right(model, ids)
+    layer.scaling["default"] = 1.0
+    assert_right(model, ids), assert_right(model, ids)
+    assert len(norms) == 4
+    assert_right(model.train(), ids)
+
+
+def test_the_way_without_the_compiled_look(monkeypatch, norms):
+    monkeypatch.setattr(native, "layer", lambda: None)
+    monkeypatch.setattr(decode, "direct", lambda: None)
+    model, x = model_of(), inputs(2, K).detach()
+    for _ in range(3):
+        assert_right(model, x)
+    assert len(norms) == 2
+    layers(model)[0].base_layer.weight.data.neg_()
+    assert_right(model, x), assert_right(model, x)
+    assert len(norms) == 3
+
+
+def test_without_the_compiled_operators(monkeypatch, norms):
+    monkeypatch.setattr(kept_norms, "kernel", lambda: None)
+    model, x = model_of(), inputs(9, K).detach()
+    with DoraCaching():
+        assert_right(model, x), assert_right(model, x)
+    with settings.override(backend="torch"):
+        assert_right(model, x), assert_right(model, x)
+    assert len(norms) == 2 + 4
+
+
+def test_other_dtypes(norms):
+    for dtype in (torch.float64, torch.float16):
+        model = model_of(dtype)
+        for tokens in (2, 50):
+            x = inputs(tokens, K, dtype=dtype).detach()
+            with DoraCaching():
+                assert_right(model, x), assert_right(model, x)
+            assert_right(model, x)
 
 
 def test_threads():
