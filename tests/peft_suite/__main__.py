@@ -4,6 +4,8 @@ Fetches the source distribution of the installed PEFT (its wheel has no tests), 
 tests expect the hub's, and runs every file twice, each time in a process of its own, with the tests' few tokens taken
 by the fast path. A test that ends differently is run once more both ways before it counts. Exit status 1 if any does,
 or if a file cannot be imported, which compares nothing.
+
+`--record tests/peft_suite/outcome.json` keeps the outcomes in the repository, a line a file, whole files only.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import time
 from pathlib import Path
 
 from peft_fast import settings
-from tests.peft_suite import hub, suite
+from tests.peft_suite import hub, record, suite
 
 
 def main() -> int:
@@ -26,14 +28,19 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="the tests of PEFT's other methods too, not LoRA's alone")
     parser.add_argument("--folder", type=Path, default=settings.get().cache_dir / "peft_suite")
     parser.add_argument("--json", type=Path, help="where the outcomes go; files that are in it already are not run")
+    parser.add_argument("--record", type=Path, help="the record that each file's line is written to, when it has run")
     args = parser.parse_args()
+    if args.record and (args.k or args.json):
+        parser.error("--record is of whole files that are run now: leave -k and --json out")
     import transformers
 
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    place = suite.fetch(args.folder.expanduser())
-    for failure in hub.write(place.parent / "hub"):
-        print(f"no stand-in for {failure}")
+    place = args.folder.expanduser()
+    with suite.alone(place):
+        place = suite.fetch(place)
+        for failure in hub.write(place.parent / "hub"):
+            print(f"no stand-in for {failure}")
     known = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     select = "all" if args.all else "lora"
     every: tuple[dict, dict] = {}, {}
@@ -51,8 +58,13 @@ def main() -> int:
         if args.json:
             args.json.write_text(json.dumps(known))
         off, on = ({t: suite.Outcome(*o) for t, o in new.items()} for new in known[file])
+        if args.record:
+            recorded = record.add(args.record, file, select, off, on)["files"]
         print(f"== {file} ({time.monotonic() - start:.0f} s)\n{suite.summary(off, on)}", flush=True)
     print(f"== PEFT's own tests\n{suite.summary(*every)}")
+    if args.record:
+        left = [file for file in suite.files(place, []) if file not in recorded]
+        print(f"{len(recorded)} files are recorded in {args.record}" + ", not yet: " * bool(left) + ", ".join(left))
     return int(bool(suite.differing(*every) or suite.uncollected(*every)))
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.peft_suite import hub, suite
+from tests.peft_suite import __main__ as command
+from tests.peft_suite import hub, record, suite
 from tests.peft_suite.suite import Outcome
 
 OFF = {
@@ -108,15 +109,125 @@ def test_a_run_of_a_file(tmp_path):
         }
 
 
-@pytest.mark.slow
-def test_pefts_own_tests_of_mixed_models_and_variants(root, download_cache):
-    """The whole of it takes hours: `python -m tests.peft_suite`."""
+ON = {**OFF, "a": Outcome("passed", "", 7)}
+
+
+def test_a_record_is_put_together_from_runs(tmp_path, monkeypatch):
+    path, peft = tmp_path / "outcome.json", record.versions()["peft"]
+    record.add(path, "test_b", "lora", OFF, ON)
+    record.add(path, "test_a", "lora", OFF, OFF)
+    record.add(path, "test_b", "lora", {**OFF, "e": Outcome("xfailed")}, {**ON, "e": Outcome("xfailed", "", 2)})
+    known = json.loads(path.read_text())
+    assert list(known["files"]) == ["test_a", "test_b"] and len(path.read_text().splitlines()) == 7
+    counts = {"tests": 5, "passed": 1, "failed": 2, "skipped": 1, "xfailed": 1}
+    assert known["files"]["test_b"] == {
+        **{"select": "lora", "stock": counts, "accelerated": counts},
+        **{"failed_by": {"OSError": 1, "ValueError": 1}, "differing": [], "fast_calls": 9},
+    }
+    assert record.problems(known, peft) == []
+    assert record.problems(known, "0.1") == [f"a record of PEFT {peft}, but 0.1 is pinned"]
+    monkeypatch.setattr(record, "versions", lambda: {**known["versions"], "torch": "9.9"})
+    assert list(record.add(path, "test_c", "lora", OFF, ON)["files"]) == ["test_c"], "lines of other versions stayed"
+
+
+def faulty(change):
+    """A record with a change to its only line."""
+    entry = record.line("lora", OFF, ON)
+    change(entry)
+    return {"versions": record.versions(), "files": {"test_a": entry}}
+
+
+FAULTS = {
+    "ended differently: b": lambda e: e.update(record.line("lora", OFF, {**ON, "b": Outcome("passed")})),
+    "stock: outcomes that do not add up": lambda e: e["stock"].update(passed=2),
+    "accelerated: no counts": lambda e: e["accelerated"].pop("skipped"),
+    "other counts, but no test that differs": lambda e: e["accelerated"].update(failed=1, passed=2),
+    "cannot be imported": lambda e: e["stock"].update({"not collected": 1, "tests": 5}),
+    "reasons of failures": lambda e: e["failed_by"].clear(),
+    "no file made a fast call": lambda e: e.update(fast_calls=0),
+    "other fields": lambda e: e.pop("differing"),
+}
+
+
+@pytest.mark.parametrize("told", FAULTS)
+def test_what_is_wrong_with_a_record_is_told(told):
+    peft = record.versions()["peft"]
+    assert record.problems(faulty(lambda e: None), peft) == []
+    found = record.problems(faulty(FAULTS[told]), peft)
+    assert any(told in problem for problem in found), found
+
+
+def test_the_record_in_the_repository(root):
+    """Of the pinned PEFT; `python -m tests.peft_suite --record tests/peft_suite/outcome.json` makes it anew."""
+    pins = dict(
+        line.strip().split("==") for line in (root / "requirements.txt").read_text().splitlines() if "==" in line
+    )
+    known = json.loads((root / "tests/peft_suite/outcome.json").read_text())
+    assert record.problems(known, pins["peft"]) == []
+
+
+def test_a_part_of_a_file_is_not_recorded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peft_suite", "test_mixed", "-k", "a", "--record", str(tmp_path / "o.json")])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "leave -k and --json out" in capsys.readouterr().err
+
+
+@pytest.fixture
+def theirs(root, download_cache, tmp_path):
+    """Runs the command on files of PEFT's tests, which are fetched first -> what it printed, and the outcomes."""
     folder = Path(download_cache) / "peft_suite"
     try:
-        suite.fetch(folder)
-    except subprocess.CalledProcessError:
-        pytest.skip("the source distribution of PEFT can not be had here")
-    command = [sys.executable, "-m", "tests.peft_suite", "test_mixed", "test_lora_variants", "--folder", str(folder)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 differ" in done.stdout.splitlines()[-3]
+        with suite.alone(folder):
+            suite.fetch(folder)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"pip could not fetch PEFT's source distribution, which has its tests (status {error.returncode})")
+
+    def run(*args):
+        command = [sys.executable, "-m", "tests.peft_suite", *args, "--folder", str(folder)]
+        done = subprocess.run(
+            [*command, "--json", str(tmp_path / "out.json")], cwd=root, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout, json.loads((tmp_path / "out.json").read_text())
+
+    return run
+
+
+# of the file that puts every method on every kind of layer, the tests in which a LoRA layer is called
+PART = """
+(-LoraConfig- and (test_training_custom or test_only_params or test_forward_bfloat16[ or test_forward_float16[
+or test_merge_layers[ or test_safe_merge or adapters_with_merging or test_disable_adapters[ or save_load_roundtrip[))
+or (TestMultipleActiveAdapters and (-lora-LoraConfig- or dora)) or TestMixedAdapterBatches or gpt2_dora
+or cat_with_rank_pattern or lora_to_embedding_layer
+""".replace("\n", " ")
+# kinds of layers, and what is done with them, of which a test made fast calls
+REACHED = [
+    "MLP",
+    "with DoRA",
+    "Conv1D 1 LoRA",
+    "Conv1D 1 DoRA",
+    "Conv2d 2 LoRA",
+    "Conv3d 2 LoRA",
+    "MHA 2",
+    "lora_b bias",
+]
+REACHED += ["test_training", "bfloat16", "float16", "merge_layers", "safe_merge", "with_merging", "roundtrip"]
+REACHED += ["TestMultipleActiveAdapters", "TestMixedAdapterBatches"]
+
+
+def test_pefts_own_tests_of_every_kind_of_layer(theirs):
+    """A part of them, in every run: it ends as it does without peft_fast."""
+    text, outcomes = theirs("test_custom_models", "-k", PART)
+    assert "0 differ" in text.splitlines()[-3], text
+    on = {test: Outcome(*outcome) for test, outcome in outcomes["test_custom_models"][1].items()}
+    fast = [test for test, outcome in on.items() if outcome.outcome == "passed" and outcome.fast]
+    assert len(on) > 450 and len(fast) > 150, text
+    assert [word for word in REACHED if not any(word in test for test in fast)] == []
+
+
+@pytest.mark.slow
+def test_pefts_own_tests_of_mixed_models_and_variants(theirs):
+    """The whole of it takes half an hour: `python -m tests.peft_suite`."""
+    text, _ = theirs("test_mixed", "test_lora_variants")
+    assert "0 differ" in text.splitlines()[-3]
