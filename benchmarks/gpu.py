@@ -24,7 +24,7 @@ import torch
 
 from peft_fast.errors import DeviceError, PeftFastError, SettingsError, fail
 
-from . import harness, machine, plans, show, table, targets, watch
+from . import gpu_page, harness, machine, plans, show, targets, watch
 from .steps import ENDS, LEAST_S, ROOT, TIMED, Step, no_figures, steps, without
 
 GRACE_S = {"plans": 5.0, "memcheck": 8.0, "racecheck": 8.0}  # before the end of the step, for what it is in
@@ -196,7 +196,7 @@ def _end(process: subprocess.Popen) -> None:
 def _write(out: Path, stem: str, record: dict) -> None:
     record["targets"] = [{**t._asdict(), "verdict": t.word} for t in targets.judge(record["runs"])]
     harness.write(out / f"{stem}.json", record)
-    (out / f"{stem}.md").write_text(table.record(record))
+    (out / f"{stem}.md").write_text(gpu_page.page(record))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,63 +40,6 @@ ALL = {
     **PLANS,
     **{name: name for name in peers.FUNCTIONS},
 }
-
-
-def record(found: dict) -> str:
-    """A GPU record as a page of its own: targets, layers with every plan, training steps, how the steps went."""
-    goals = [["target", "needed", "found", ""], ["---"] * 4]
-    goals += [[t["name"], t["need"], t["found"], t["verdict"]] for t in found["targets"]]
-    went = [["step", "status", "seconds", ""], ["---"] * 4]
-    went += [[s["name"], s["status"], f"{s['seconds']:g}", s["note"].replace("|", "/")] for s in found["steps"]]
-    runs = [run for run in found["runs"] if run["rows"]]
-    parts = [f"# {machine.line(found['machine'])}"]
-    if found["scale"] != "full":
-        parts += ["A dry run with toy sizes on a CPU: it proves the script and measures nothing."]
-    parts += ["\n".join(map(_cells, goals))]
-    parts += ["## One layer: forward / backward, multiples of the frozen layer's", lora_linear(runs, ALL)]
-    for op, title in OPS.items():
-        parts += [f"## {title}"] * any(run["bench"] == op for run in runs) + [_op(op, runs, ALL)]
-    for bench, title in SINGLE.items():
-        parts += [f"## {title}", single(bench, runs)] * any(run["bench"] == bench for run in runs)
-    parts += ["## One training step: multiples of the frozen step", train_step(runs, ALL)]
-    parts += ["\n".join(lines) for lines in (_clocks(found), _without_figures(found["runs"])) if lines]
-    parts += ["## Steps", "\n".join(map(_cells, went))]
-    return "\n\n".join(parts) + "\n"
-
-
-def _clocks(found: dict) -> list[str]:
-    """What the card did while something was measured."""
-    units = {"sm_mhz": ("MHz", "most_sm_mhz"), "watts": ("W", "most_watts"), "celsius": ("°C", "")}
-    lines = []
-    for step in found["steps"]:
-        if step["name"] not in ("lora_linear", *OPS, *SINGLE, "train_step") or "clocks" not in step:
-            continue
-        parts = []
-        for name, (unit, limit) in units.items():
-            if name in step["clocks"]:
-                low, mid, high = step["clocks"][name]
-                most = f" of {found['limits'][limit]:g}" if limit in found.get("limits", {}) else ""
-                parts.append(f"{mid:g} {unit} ({low:g}–{high:g}{most})")
-        lines.append(f"- clocks during {step['name']}: {', '.join(parts)}")
-    return lines
-
-
-def _without_figures(runs: list[dict]) -> list[str]:
-    """Rows and providers that a reader may miss, with the reason."""
-    lines, refusing = [], Counter()
-    for run in runs:
-        lines += [f"- no time for or no room: {title}" for title in run.get("skipped", ())]
-        lines += [f"- refused: {r['title']}: {' '.join(r['reason'].split())}" for r in run.get("refused", ())]
-        lines += [f"- {why}" for why in run.get("kernel_failures", ())]
-        for row in run["rows"]:
-            left = row.get("left_out", {}).items()
-            refusing.update((n, w) for n, w in left if n in row.get("not_for_these", ()))
-            # ours that failed are among the refused
-            lines += [f"- {row['title']}: without {n}: {' '.join(w.split())}" for n, w in left if "peft_fast" not in n]
-            if "starved" in row:
-                lines += [f"- {row['title']}: the GPU waited for the host in {', '.join(row['starved'])}"]
-    lines += [f"- {n}, {count} rows: {' '.join(w.split())}" for (n, w), count in refusing.items()]
-    return ["## Without figures", "", *lines] if lines else []
 
 
 def documents(folder: Path = RESULTS) -> list[dict]:
@@ -168,7 +110,7 @@ def _single_row(row: dict, names: list[str]) -> list[str]:
     return [row["title"] + ("" if row["aa"]["ok"] else " †"), *ratios, speedup, peaks]
 
 
-def _op(op: str, runs: list[dict], titles: dict[str, str] = TITLES) -> str:
+def of_op(op: str, runs: list[dict], titles: dict[str, str] = TITLES) -> str:
     """Rows: shape, dtype, dropout. Figures: forward / backward, multiples of the baseline's; saved MiB."""
     return _section(op, runs, _op_head, _op_row, titles)
 
@@ -177,8 +119,8 @@ def smollm2(runs: list[dict]) -> str:
     """Rows: dropout, who trains. Figures: perplexity, speed, memory of whole runs."""
     parts = []
     for run in _of("smollm2", runs):
-        lines = [_cells(RUN_HEAD), _cells(["---"] * len(RUN_HEAD))]
-        lines += [_cells(line) for row in run["rows"] for line in _run_rows(row)]
+        lines = [cells(RUN_HEAD), cells(["---"] * len(RUN_HEAD))]
+        lines += [cells(line) for row in run["rows"] for line in _run_rows(row)]
         facts = "; ".join(dict.fromkeys(_recipe(row) for row in run["rows"]))
         parts.append("\n".join([*lines, "", f"<sub>{facts}. {machine.line(run['machine'])}.</sub>"]))
     return "\n\n".join(parts) or NONE.format(bench="smollm2")
@@ -222,7 +164,7 @@ def methods(runs: list[dict]) -> str:
     """Rows: a method. Figures: accuracy, minutes and memory of whole runs on the same rows."""
     parts = []
     for run in _of("methods", runs):
-        lines = [_cells(METHODS_HEAD), _cells(["---"] * len(METHODS_HEAD)), *map(_method_row, run["rows"])]
+        lines = [cells(METHODS_HEAD), cells(["---"] * len(METHODS_HEAD)), *map(_method_row, run["rows"])]
         s, counts = run["rows"][0]["settings"], run["rows"][0]["rows"]
         n = counts["test"]
         accuracies = [row["test"]["accuracy"] for row in run["rows"]]
@@ -247,7 +189,7 @@ def _method_row(row: dict) -> str:
     peak, forecast, saved = (f"{size / 2**20:,.1f}" if size < 2**23 else f"{size / 2**20:,.0f}" for size in most)
     options = ", ".join(f"{k} {v:g}" for k, v in shown.items())
     accuracy = f"**{100 * row['test']['accuracy']:.1f} %**"
-    return _cells([row["title"], options, share, accuracy, f"{row['train_seconds'] / 60:.1f}", peak, forecast, saved])
+    return cells([row["title"], options, share, accuracy, f"{row['train_seconds'] / 60:.1f}", peak, forecast, saved])
 
 
 METHOD_OPTIONS = ("learning_rate", "loraplus_ratio", "layer_decay", "unfreeze_every", "unfreeze_layers")
@@ -270,8 +212,8 @@ def _section(bench: str, runs: list[dict], head: Callable, line: Callable, title
     for run in _of(bench, runs):
         names = [n for n in titles if any(n in row.get("providers", {}) for row in run["rows"])]
         header = head(names)
-        lines = [_cells(header), _cells(["---"] * len(header))]
-        lines += [_cells(line(row, names)) for row in run["rows"] if "providers" in row]
+        lines = [cells(header), cells(["---"] * len(header))]
+        lines += [cells(line(row, names)) for row in run["rows"] if "providers" in row]
         parts.append("\n".join([*lines, "", f"<sub>{machine.line(run['machine'])}.{_noise(run)}</sub>"]))
     return "\n\n".join(parts) or NONE.format(bench=bench)
 
@@ -340,7 +282,7 @@ def _noise(run: dict) -> str:
     return " † the baseline against itself was outside its own interval: the machine was not quiet."
 
 
-def _cells(row: list[str]) -> str:
+def cells(row: list[str]) -> str:
     return "| " + " | ".join(row) + " |"
 
 
@@ -348,8 +290,8 @@ def summarized(runs: list[dict]) -> str:
     """Rows: benchmark, dtype, dropout; a table for each machine."""
     parts = []
     for where, lines in summary.sections(runs).items():
-        head = [_cells(summary.HEAD), _cells(["---"] * len(summary.HEAD))]
-        parts.append("\n".join([*head, *map(_cells, lines), "", f"<sub>{where}.</sub>"]))
+        head = [cells(summary.HEAD), cells(["---"] * len(summary.HEAD))]
+        parts.append("\n".join([*head, *map(cells, lines), "", f"<sub>{where}.</sub>"]))
     return "\n\n".join(parts) or NONE.format(bench="lora_linear")
 
 
@@ -363,7 +305,7 @@ README_SECTIONS = {
 MEASURED_SECTIONS = {
     "variants": variants,
     "layer": lora_linear,
-    **{op.removeprefix("lora_"): partial(_op, op) for op in OPS},
+    **{op.removeprefix("lora_"): partial(of_op, op) for op in OPS},
     **{bench.removeprefix("lora_"): partial(single, bench) for bench in SINGLE},
 }
 SECTIONS = README_SECTIONS | MEASURED_SECTIONS

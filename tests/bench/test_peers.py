@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from peft_fast import dispatch
-from peft_fast.benchmarks import gate, harness, lora_linear, peers, table
+from peft_fast.benchmarks import gate, gpu_page, harness, lora_linear, peers
 from peft_fast.benchmarks.criterion import Verdict
 from peft_fast.cli import bench
 
@@ -75,7 +75,7 @@ def test_a_plan_that_is_not_for_these_tensors_is_a_note(monkeypatch, capsys, tmp
         assert "peft_fast torch accumulate" in row["not_for_these"] and document["refused"] == []
         assert row["left_out"]["peft_fast torch accumulate"] == why
         named = f"- peft_fast torch accumulate, {len(document['rows'])} rows: {why}"
-        assert named in table._without_figures([document])
+        assert named in gpu_page._without_figures([document])
 
     def wrong(layer, x, g, mask, run=None, fast=False):
         found = refuses(layer, x, g, mask, run, fast)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from peft_fast.benchmarks import gpu, harness, plots, shapes, table, targets
+from peft_fast.benchmarks import gpu, gpu_page, harness, plots, shapes, table, targets
 
 MACHINE = {
     **{"cpu": "Toy", "cores": 1, "flags": [], "torch_isa": "AVX2", "date": "2026-01-31"},
@@ -136,7 +136,7 @@ def test_a_page_says_what_the_clocks_did_and_what_has_no_figures():
     clocks = {"sm_mhz": [1755.0, 1980.0, 1980.0], "watts": [200.0, 650.5, 699.0]}
     done = {"name": "lora_linear", "status": "ok", "rc": 0, "seconds": 9.0, "note": "", "clocks": clocks}
     record = {"machine": MACHINE, "scale": "full", "targets": [], "steps": [done], "limits": {"most_watts": 700.0}}
-    page = table.record({**record, "runs": [run]})
+    page = gpu_page.page({**record, "runs": [run]})
     assert "clocks during lora_linear: 1980 MHz (1755–1980), 650.5 W (200–699 of 700)" in page
     for line in (
         "- no time for or no room: another",
