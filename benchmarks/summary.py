@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from . import machine
+from . import kinds, machine
 from .train_step import VARIANTS
 
 # (benchmark, which of its rows) -> what they are to a reader, in the order of the summary
@@ -14,15 +14,23 @@ TITLES = {
     ("lora_mlp", ""): "an MLP block",
     ("lora_embedding", ""): "an embedding, of stock PEFT's time",
     ("dora_linear", ""): "a layer with DoRA",
+    ("dora_linear", "token"): "a layer with DoRA, one token of inference",
+    ("dora_linear", "embedding"): "an embedding with DoRA, of stock PEFT's time",
     ("train_step", ""): "training steps with PEFT's other options",
     ("lora_experts", ""): "experts of a mixture",
     ("lora_experts", "token"): "experts, one token of inference",
     ("quantized", ""): "a quantized layer, of its library's time",
+    ("quantized", "token"): "a quantized layer, one token of inference",
+    ("quantized", "dense"): "four bits made dense, of bitsandbytes' time",
     ("lora_conv", ""): "a convolution of size 1",
     ("lora_mixed", "token"): "16 adapters in a batch, one token each",
     ("lora_mixed", ""): "16 adapters in a batch, 128 tokens each",
     ("lora_mixed", "model"): "16 adapters in a batch, generating",
+    ("lora_mixed", "ranks token"): "64 adapters of five ranks in a batch, one token each",
+    ("lora_mixed", "ranks"): "64 adapters of five ranks in a batch, 16 tokens each",
     ("generate", ""): "generating, of merged weights' time",
+    ("generate", "dora"): "generating with DoRA, of merged weights' time",
+    ("generate", "merged"): "merged and back, of PEFT's time",
 }
 HEAD = ["what", "dtype", "dropout", "rows", "stock PEFT", "**peft_fast**", "speed-up over stock", "peak of stock's"]
 
@@ -36,7 +44,7 @@ def sections(runs: list[dict]) -> dict[str, list[list[str]]]:
     for (bench, kind), title in TITLES.items():
         for run in (r for r in runs if r["bench"] == bench):
             for row in run["rows"]:
-                if _compares(bench, row, run["machine"]) and _kind(bench, row["settings"]) == kind:
+                if _compares(bench, row, run["machine"]) and kinds.kind(bench, row["settings"]) == kind:
                     lines = found.setdefault(machine.where(run["machine"]), {})
                     lines.setdefault((title, row["settings"]["dtype"], row["settings"]["p"]), []).append(row)
     return {
@@ -53,16 +61,6 @@ def _compares(bench: str, row: dict, where: dict) -> bool:
         return False
     # the usual training steps have a table of their own
     return bench != "train_step" or settings["model"] in VARIANTS
-
-
-def _kind(bench: str, settings: dict) -> str:
-    if bench == "lora_experts":
-        return "token" if settings["M"] == 1 else ""
-    if bench == "lora_mixed":
-        if settings["model"] == "generate":
-            return "model"
-        return "token" if settings["M"] == settings["adapters"] else ""
-    return ""
 
 
 def _figures(rows: list[dict]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peft_fast.errors import DataError, fail
 
-from . import harness, machine, peers, summary
+from . import harness, kinds, machine, peers, summary
 from .train_step import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +37,8 @@ ALL = {
     "stock fp16": "stock, fp16 adapters",
     **dict(list(TITLES.items())[3:]),
     "peft_fast fp16": "**peft_fast**, fp16 adapters",
+    "stock cached": "stock, cached",
+    "peft_fast cached": "**peft_fast**, cached",
     **PLANS,
     **{name: name for name in peers.FUNCTIONS},
 }
@@ -91,8 +93,25 @@ SINGLE = {
 
 
 def single(bench: str, runs: list[dict]) -> str:
-    """Rows as they are titled. Figures: multiples of the baseline, speed-up, peak MiB."""
-    rows = [row for run in _of(bench, runs) for row in run["rows"]]
+    """Rows as they are titled. Figures: multiples of the baseline, speed-up, peak MiB; a table for each question."""
+    parts = [_one_figure(bench, _under("", bench, runs))]
+    for heading in kinds.APART.get(bench, ()):
+        if found := _under(heading, bench, runs):
+            parts += [f"### {heading}", _one_figure(bench, found)]
+    return "\n\n".join(parts)
+
+
+def _under(heading: str, bench: str, runs: list[dict]) -> list[dict]:
+    """The benchmark's runs with the rows of one table alone."""
+    found = []
+    for run in (r for r in runs if r["bench"] == bench):
+        rows = [row for row in run["rows"] if kinds.heading(bench, row["settings"]) == heading]
+        found += [{**run, "rows": rows}] * bool(rows)
+    return found
+
+
+def _one_figure(bench: str, runs: list[dict]) -> str:
+    rows = [row for run in runs for row in run["rows"]]
     known = dict.fromkeys(n for row in rows for n in row.get("providers", ()) if n != row["baseline"])
     return _section(bench, runs, _single_head, _single_row, {name: ALL.get(name, _bold(name, name)) for name in known})
 

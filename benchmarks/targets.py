@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from . import kinds
 from .shapes import ALONE, GPU_SQUARE, LAYER, OPS
 
 LIMIT, AIM = 1.10, 1.06  # adapted / frozen at the headline shape
@@ -42,8 +43,7 @@ def judge(runs: Sequence[dict]) -> list[Target]:
     steps = [row for run in runs if run["bench"] == "train_step" for row in run["rows"] if "providers" in row]
     joined = [row for run in runs if run["bench"] in OPS for row in run["rows"] if "providers" in row]
     whole = [row for row in steps if not _is(row, model=LAYER)]
-    alone = {op: [r for run in runs if run["bench"] == op for r in run["rows"] if "providers" in r] for op in ALONE}
-    generated = [row for run in runs if run["bench"] == "generate" for row in run["rows"] if "providers" in row]
+    alone = {bench: _first_table(bench, runs) for bench in (*ALONE, "generate")}
     M, K, N = GPU_SQUARE
     usual = [row for row in layers if _is(row, r=16)]  # more ranks are more arithmetic, however they are computed
     headline = [row for row in usual if _is(row, M=M, K=K, N=N)]
@@ -59,11 +59,17 @@ def judge(runs: Sequence[dict]) -> list[Target]:
         _slower("never slower than stock: training steps", steps),
         *(_slower(f"times stock's speed: {what}", alone[op], need=need) for op, (what, need) in REACH.items()),
         _share("peak memory / stock's: a mixture's experts", alone["lora_experts"], LEAN),
-        _worst("generation with adapters on / merged", generated, GENERATION),
+        _worst("generation with adapters on / merged", alone["generate"], GENERATION),
         _slower("never slower than layer by layer: groups and blocks", joined, pairs=JOINED),
         _slower("never slower than layer by layer: training steps", steps, pairs=JOINED),
         _slower("the host launches a layer no slower than stock's", layers, "cpu_ms"),
     ]
+
+
+def _first_table(bench: str, runs: Sequence[dict]) -> list[dict]:
+    """A benchmark's rows; what has a table of its own has no target."""
+    rows = [row for run in runs if run["bench"] == bench for row in run["rows"] if "providers" in row]
+    return [row for row in rows if not kinds.heading(bench, row["settings"])]
 
 
 def lines(found: Sequence[Target]) -> list[list[str]]:
