@@ -1,28 +1,36 @@
 """One layer with a DoRA adapter: PEFT's lora.Linear with use_dora, stock and accelerated, against a frozen one.
 
-"lora" is the same layer without its magnitude, accelerated: what DoRA costs beyond it.
+"lora" is the same layer without its magnitude, accelerated: what DoRA costs beyond it. By name also Conv1D, an
+embedding, and single tokens as in generation, without gradients; "cached" is a layer inside PEFT's DoraCaching.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from . import gate, machine
+from . import dora, dora_embedding, gate, machine
 from .harness import Case, Options, Provider
-from .lora_linear import DTYPES, by_name, live_plans, lora_layer, provider, takes
-from .shapes import AWKWARD, GPU_LAYERS, LAYERS, TINY
+from .lora_linear import DTYPES, by_name, inference, live_plans, lora_layer, provider, takes
+from .shapes import AWKWARD, CONV1D, DORA_EMBEDDING, GPU_LAYERS, LAYERS, TINY, TINY_EMBEDDING
 
 RANK = 16
+TOKEN = "-token"
 
 
 def names(device: str) -> tuple[str, ...]:
     """What --model takes on this device."""
-    return tuple(LAYERS if device == "cpu" else GPU_LAYERS)
+    usual = _layers(device)
+    return (*usual, *CONV1D, "embedding", *(f"{model}{TOKEN}" for model in (*usual, *CONV1D, "embedding")))
+
+
+def _layers(device: str) -> dict[str, list]:
+    return LAYERS if device == "cpu" else GPU_LAYERS
 
 
 def cases(options: Options) -> list[Case]:
@@ -31,46 +39,56 @@ def cases(options: Options) -> list[Case]:
     dtypes = options.dtypes or (("bf16", "fp32") if full and not gpu else ("bf16",))
     dropouts = options.dropouts or (0.0, 0.05)
     threads = options.threads or (1 if gpu or tiny else machine.cores(),)
-    models = options.models or names(options.device)[: 1 if tiny else None]
+    models = options.models or tuple(_layers(options.device))[: 1 if tiny else None]
     rows = []
-    for model, dtype, p, t in itertools.product(models, dtypes, dropouts, threads):
-        shapes = [shape for shape, _ in (GPU_LAYERS if gpu else LAYERS)[model]]
-        if tiny:
-            shapes = [TINY]
-        elif not full or (dtype == "fp32" and not options.dtypes):
-            shapes = shapes[:1]
-        ranked = [(shape, RANK) for shape in dict.fromkeys(shapes)]
-        if options.gate_only:
-            ranked += [(shape, r) for shape, ranks in AWKWARD for r in ranks]
-        for (m, k, n), r in ranked:
-            facts = {
-                "model": model,
-                "M": m,
-                "K": k,
-                "N": n,
-                "r": r,
-                "dtype": dtype,
-                "p": p,
-                "shape": f"{m} × {k} × {n}",
-            }
-            facts["shape"] = f"{m} × {k} × {n}"
-            title = f"{model} M={m} K={k} N={n} r={r} {dtype} p={p:g}" + ("" if gpu else f" threads={t}")
-            build = partial(providers, (m, k, n), r, dtype, p, options)
-            rows.append(Case(title, facts, build, t, seconds=3.0 if gpu else 10.0))
+    for model, dtype in itertools.product(models, dtypes):
+        ps = dropouts if model in _layers(options.device) or model in CONV1D else (0.0,)
+        for p, t in itertools.product(ps, threads):
+            end = f"{dtype} p={p:g}" + ("" if gpu else f" threads={t}")
+            for r, sizes, words, build in _rows(model, dtype, p, options):
+                title = f"{model} {words} r={r} {end}"
+                facts = {"model": model, **sizes, "r": r, "dtype": dtype, "p": p}
+                baseline = "stock" if model == "embedding" else "frozen"
+                rows.append(Case(title, facts, build, t, seconds=3.0 if gpu else 10.0, baseline=baseline))
     if gpu:  # each shape once with dropout first: time may end anywhere
         rows.sort(key=lambda case: case.settings["p"] != dropouts[-1])
     return rows
 
 
-def providers(shape: tuple[int, int, int], r: int, name: str, p: float, options: Options) -> list[Provider]:
+def _rows(model: str, dtype: str, p: float, options: Options) -> list[tuple[int, dict, str, Callable]]:
+    """(rank, sizes, words for the title, how its providers are made) of each row of a model."""
+    one, of = model.endswith(TOKEN), model.removesuffix(TOKEN)
+    if of == "embedding":
+        m, v, d = TINY_EMBEDDING if options.scale == "tiny" else DORA_EMBEDDING
+        m = 1 if one else m
+        words = f"{m} of {v} × {d}"
+        return [(RANK, {"M": m, "shape": words}, words, partial(dora_embedding.providers, m, v, d, dtype, options))]
+    shapes = CONV1D[of] if of in CONV1D else [shape for shape, _ in _layers(options.device)[of]]
+    if options.scale == "tiny":
+        shapes = [TINY]
+    elif options.scale != "full" or (dtype == "fp32" and not options.dtypes):
+        shapes = shapes[:1]
+    ranked = [(shape, RANK) for shape in dict.fromkeys((1, *s[1:]) if one else s for s in shapes)]
+    if options.gate_only and not one:
+        ranked += [(shape, r) for shape, ranks in AWKWARD for r in ranks]
+    rows = []
+    for (m, k, n), r in ranked:
+        sizes = {"M": m, "K": k, "N": n, "shape": f"{m} × {k} × {n}"}
+        words = "Conv1D " * (of in CONV1D) + f"M={m} K={k} N={n}"
+        build = partial(one_token, k, n, dtype) if one else partial(providers, (m, k, n), r, dtype, p)
+        rows.append((r, sizes, words, partial(build, options, of in CONV1D)))
+    return rows
+
+
+def providers(
+    shape: tuple[int, int, int], r: int, name: str, p: float, options: Options, conv1d: bool = False
+) -> list[Provider]:
     """frozen, stock, lora and peft_fast, adapters in fp32 and in `name`; on a GPU and at toy sizes every backend."""
     m, k, n = shape
     device, dtype = torch.device(options.device), DTYPES[name]
-    torch.manual_seed(0)
+    base = _base(k, n, device, dtype, conv1d)
     x = torch.randn(m, k, device=device).to(dtype).requires_grad_()
     g = torch.randn(m, n, device=device).to(dtype)
-    base = nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    nn.init.normal_(base.weight, std=k**-0.5)
     rows = [provider("frozen", base, x, g, [base.weight], [x, base.weight])]
     for fp32 in (True, False) if dtype != torch.float32 else (True,):
         end = "" if fp32 else f" {name}"
@@ -89,6 +107,42 @@ def providers(shape: tuple[int, int, int], r: int, name: str, p: float, options:
     return rows
 
 
+def one_token(k: int, n: int, name: str, options: Options, conv1d: bool = False) -> list[Provider]:
+    """frozen, stock, lora and peft_fast, adapters in fp32 and in `name`; stock and peft_fast inside DoraCaching too."""
+    device, dtype = torch.device(options.device), DTYPES[name]
+    base = _base(k, n, device, dtype, conv1d)
+    x, xs = (torch.randn(m, k, device=device).to(dtype) for m in (1, dora.JUDGED))
+    rows = [inference("frozen", base, x, list(base.parameters()))]
+    for fp32 in (True, False) if dtype != torch.float32 else (True,):
+        made = partial(lora_layer, base, RANK, 0.0, fp32)
+        exact = gate.in_float64(gate.weights(made(dora=True), dtype))
+        truth = partial(_truth, exact)
+        rows += dora.one_token(partial(made, dora=True), x, xs, truth, "" if fp32 else f" {name}")
+        if fp32:
+            lora = made(fast=True).eval()
+            rows += [inference("lora", lora, x, list(lora.parameters()))]
+    if device.type != "cpu":
+        return [dataclasses.replace(row, optional=row.name != "frozen") for row in rows]
+    return rows
+
+
+def _truth(w: gate.Weights, xs: Tensor) -> Tensor:
+    return gate.lora(xs.double(), w, None)
+
+
+def _base(k: int, n: int, device: torch.device, dtype: torch.dtype, conv1d: bool) -> nn.Module:
+    """A frozen layer of W (N,K), or (K,N) of Conv1D."""
+    torch.manual_seed(0)
+    if conv1d:
+        from transformers.pytorch_utils import Conv1D
+
+        base = Conv1D(n, k).to(device, dtype)
+    else:
+        base = nn.Linear(k, n, bias=False, device=device, dtype=dtype)
+    nn.init.normal_(base.weight, std=k**-0.5)
+    return base.requires_grad_(False)
+
+
 def _row(name: str, layer: nn.Module, x: Tensor, g: Tensor, fast: bool, run=None) -> Provider:
     A, _ = gate.adapter(layer)
     mask = gate.our_mask if fast else gate.torch_mask(A.dtype)
@@ -100,6 +154,7 @@ def _op(layer: nn.Module, backend: str):
     """The op by itself: no patch, no dispatch, the same arithmetic."""
     from peft_fast.ops import Adapter, dora_linear
 
-    w = gate.weights(layer, torch.float32)
+    w, W = gate.weights(layer, torch.float32), layer.base_layer.weight
     adapter = Adapter(*gate.adapter(layer), w.scaling, w.p)
-    return lambda x: dora_linear(x, w.W, w.bias, adapter, gate.magnitude(layer), backend=backend)
+    options = {"transposed": not isinstance(layer.base_layer, nn.Linear), "backend": backend}
+    return lambda x: dora_linear(x, W, w.bias, adapter, gate.magnitude(layer), **options)

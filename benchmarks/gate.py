@@ -61,6 +61,11 @@ def weights(layer: nn.Module, dtype: torch.dtype) -> Weights:
     )  # fmt: skip
 
 
+def in_float64(w: Weights) -> Weights:
+    """The same tensors, widened."""
+    return Weights(*(v.double() if isinstance(v, Tensor) else v for v in w))
+
+
 def adapter(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """A (r,K) and B (N,r) of a PEFT LoRA layer with one adapter, the parameters themselves."""
     (name,) = layer.active_adapters
@@ -119,7 +124,7 @@ def check_op(
     from peft_fast.ops import fast_calls
 
     ws = [weights(layer, x.dtype) for layer in layers]
-    exact = [Weights(*(v.double() if isinstance(v, Tensor) else v for v in w)) for w in ws]
+    exact = [in_float64(w) for w in ws]
     adapted = [layer for layer, w in zip(layers, ws, strict=True) if w.A is not None]
     leaves = [t for layer in adapted for t in trained(layer).values()]
     found, before = [], fast_calls()
@@ -147,6 +152,26 @@ def check_op(
         o, s, t = (torch.cat([draw[kind][i].flatten() for draw in found]) for kind in range(3))
         verdicts[name] = check(o, s, t, dtype=x.dtype)
     return {**verdicts, "path": path(fast, fast_calls() > before)}
+
+
+def check_tokens(
+    ours: Callable[[Tensor], Tensor], stock: Callable[[Tensor], Tensor], truth: Callable[[Tensor], Tensor], xs: Tensor
+) -> dict[str, Verdict]:
+    """xs (M, ...) as M calls of one token without gradients -> verdict of y, and whether each ran what it is named.
+
+    ``truth`` is given all of them at once and computes in float64.
+    """
+    from peft_fast.ops import fast_calls
+
+    with torch.no_grad():
+        counts, found = [fast_calls()], []
+        for run in (ours, stock):
+            found.append(torch.cat([run(x) for x in xs.split(1)]))
+            counts.append(fast_calls())
+        verdicts = {"y": check(*found, truth(xs), dtype=found[0].dtype)}
+    before, between, after = counts
+    verdicts["path"] = path(True, between - before >= len(xs))
+    return verdicts | {"path of stock": path(False, after > between)}
 
 
 def one_layer(x: Tensor, ws: list[Weights], keeps: list[Tensor | None]) -> list[Tensor]:

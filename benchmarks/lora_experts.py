@@ -19,7 +19,7 @@ from .blocks import RANK
 from .criterion import Verdict, check
 from .gate import path
 from .harness import Case, Options, Provider
-from .lora_linear import DTYPES, accelerate, draw_adapters, provider
+from .lora_linear import DTYPES, accelerate, draw_adapters, inference, provider
 from .shapes import EXPERTS, GPU_EXPERTS, TINY_EXPERTS
 
 JUDGED = 8  # experts that float64 looks at: a copy of all would take four times the memory of what is timed
@@ -116,15 +116,10 @@ def adapters(net: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
 
 
 def _row(name: str, net: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor, g: Tensor, verdicts) -> Provider:
-    kept = list(net.parameters())
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return net(x, chosen, weights)
-
+    kept, run = list(net.parameters()), lambda x: net(x, chosen, weights)
     if x.shape[0] == 1:
-        return Provider(name, {"forward": forward}, kept, verdicts)
-    return provider(name, lambda x: net(x, chosen, weights), x, g, kept, [x, weights, *kept], verdicts)
+        return inference(name, run, x, kept, verdicts)
+    return provider(name, run, x, g, kept, [x, weights, *kept], verdicts)
 
 
 def _verdicts(stock: nn.Module, ours: nn.Module, x: Tensor, g: Tensor, k: int) -> dict[str, Verdict]:

@@ -151,7 +151,9 @@ def adapted(
 
     # modules of its own: accelerate() marks modules
     box = copy.deepcopy(net, {id(w): w for w in net.parameters()})
-    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=names, use_dora=dora)
+    turned = any(type(module).__name__ == "Conv1D" for module in box.modules())
+    options = {"target_modules": names, "use_dora": dora, "fan_in_fan_out": turned}
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, **options)
     model = get_peft_model(box, config, autocast_adapter_dtype=fp32)
     draw_adapters(model)
     if fast:
@@ -200,6 +202,16 @@ def provider(name, run, x, g, kept, leaves, verdicts=None) -> Provider:
             leaf.grad = None
 
     return Provider(name, {"forward": forward, "backward": backward}, kept, verdicts, reset)
+
+
+def inference(name: str, run, x: Tensor, kept: Sequence[Tensor], verdicts=None) -> Provider:
+    """run(x) without gradients."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return run(x)
+
+    return Provider(name, {"forward": forward}, kept, verdicts)
 
 
 def _plain(name, layer, x, g) -> Provider:

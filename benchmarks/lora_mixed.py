@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from functools import partial
 
@@ -17,7 +18,7 @@ from . import machine
 from .criterion import Verdict, check
 from .gate import path
 from .harness import Case, Options, Provider
-from .lora_linear import DTYPES
+from .lora_linear import DTYPES, inference
 from .shapes import GPU_LAYERS, LAYERS
 
 ADAPTERS, RANK = 16, 16
@@ -116,13 +117,8 @@ def _adapted(net: nn.Module, targets: list[str], fp32: bool, fast: bool) -> nn.M
 
 def _provider(name: str, run, module: nn.Module, verdicts=None, waits: bool = False) -> Provider:
     """``waits``: for the device between its launches, so that no backlog hides the host's time."""
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return run()
-
-    kept = [*module.parameters(), *module.buffers()]
-    return Provider(name, {"forward": forward}, kept, verdicts, **({"backlog": 0.0} if waits else {}))
+    row = inference(name, lambda _: run(), None, [*module.parameters(), *module.buffers()], verdicts)
+    return dataclasses.replace(row, backlog=0.0) if waits else row
 
 
 def _verdicts(layer: nn.Module, x: Tensor, run, fast: bool) -> dict[str, Verdict]:

@@ -63,6 +63,9 @@ GPU_MLPS = {
     "bert-base": [(8192, 768, 3072, "gelu", "plain", True)],
 }
 TINY_MLP = [(48, 64, 96, "silu", "gated", True), (48, 64, 96, "gelu_tanh", "plain", False)]
+# of dora_linear by name: what Conv1D has, whose W is (K, N), and an embedding: tokens, vocabulary, width
+CONV1D = {"gpt2": [(512, 768, 2304), (512, 768, 3072), (512, 3072, 768)]}
+DORA_EMBEDDING = (512, 32000, 1024)
 # tokens, vocabulary, width, with Gemma's scale
 EMBEDDINGS = {
     "bert-base": (512, 30522, 768, False),
