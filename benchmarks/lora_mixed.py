@@ -1,6 +1,7 @@
 """Rows of one batch with an adapter each (adapter_names): PEFT's loop over the adapters against one pass, inference.
 
-"frozen" is the base layer, or the model without adapters, on the same batch: what nobody can be faster than.
+"frozen" is the base layer, or the model without adapters, on the same batch: what nobody can be faster than. By name
+also a larger batch, whose adapters have several ranks and some of whose rows have none.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,14 +23,41 @@ from .harness import Case, Options, Provider
 from .lora_linear import DTYPES, inference
 from .shapes import GPU_LAYERS, LAYERS
 
-ADAPTERS, RANK = 16, 16
 NEW_TOKENS = 16  # that a model generates
-LENGTHS = (1, 128)  # tokens of each row: generation, and reading a prompt
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Who is in a batch: a row for each adapter, of these ranks, and after every so many of them one for none."""
+
+    ranks: tuple[int, ...] = (16,) * 16
+    every: int = 0
+    lengths: tuple[int, int] = (1, 128)  # tokens of each row: generation, and reading a prompt
+
+    @property
+    def names(self) -> list[str]:
+        """What adapter_names is given."""
+        rows = []
+        for i in range(len(self.ranks)):
+            rows += [f"a{i}"] + ["__base__"] * (self.every > 0 and (i + 1) % self.every == 0)
+        return rows
+
+    def words(self) -> str:
+        """Of its adapters, for a title."""
+        least, most, plain = min(self.ranks), max(self.ranks), len(self.names) - len(self.ranks)
+        ranks = f" of rank {least} to {most}" * (least < most)
+        return f"{len(self.ranks)} adapters{ranks}" + (f", {plain} rows without" if plain else "")
+
+
+USUAL = Batch()
+MANY = Batch(ranks=tuple((4, 8, 16, 32, 64)[i % 5] for i in range(64)), every=8, lengths=(1, 16))
+RANKS = "-ranks"  # end of the name of a model whose layers have MANY
 
 
 def names(device: str) -> tuple[str, ...]:
     """What --model takes on this device."""
-    return ("generate", *(LAYERS if device == "cpu" else GPU_LAYERS))
+    layers = LAYERS if device == "cpu" else GPU_LAYERS
+    return ("generate", *layers, *(f"{model}{RANKS}" for model in layers))
 
 
 def cases(options: Options) -> list[Case]:
@@ -38,38 +67,43 @@ def cases(options: Options) -> list[Case]:
     threads = options.threads or (1 if gpu or tiny else machine.cores(),)
     rows = []
     for model, dtype, t in itertools.product(options.models or ("llama-like", "generate"), dtypes, threads):
-        facts = {"model": model, "adapters": ADAPTERS, "r": RANK, "dtype": dtype, "p": 0.0}
+        batch = MANY if model.endswith(RANKS) else USUAL
+        size = len(batch.names)
+        facts = {"model": model, "adapters": len(batch.ranks), "r": max(batch.ranks), "dtype": dtype, "p": 0.0}
         end = "" if gpu else f" threads={t}"
         if model == "generate":
-            title = f"generate {NEW_TOKENS} tokens in {ADAPTERS} rows, {ADAPTERS} adapters, {dtype}{end}"
+            title = f"generate {NEW_TOKENS} tokens in {size} rows, {batch.words()}, {dtype}{end}"
             build = partial(whole, dtype, options)
             rows.append(Case(title, facts | {"shape": "a model"}, build, t, seconds=25.0))
             continue
-        layers = [(m, k, n) for (m, k, n), _ in (GPU_LAYERS if gpu else LAYERS)[model]]
-        for (_, k, n), tokens in itertools.product([(0, 64, 96)] if tiny else layers, LENGTHS):
-            shape = f"{ADAPTERS} × {tokens} tokens, {k} → {n}"
-            title = f"{model} {shape}, {ADAPTERS} adapters, {dtype}{end}"
-            build = partial(providers, k, n, tokens, dtype, options)
-            rows.append(Case(title, facts | {"M": ADAPTERS * tokens, "shape": shape}, build, t, seconds=8.0))
+        layers = [(m, k, n) for (m, k, n), _ in (GPU_LAYERS if gpu else LAYERS)[model.removesuffix(RANKS)]]
+        if batch is MANY:
+            facts |= {"rows": size}
+            layers = list({(k, n): (m, k, n) for m, k, n in layers}.values())
+        for (_, k, n), tokens in itertools.product([(0, 64, 96)] if tiny else layers, batch.lengths):
+            shape = f"{size} × {tokens} tokens, {k} → {n}"
+            title = f"{model} {shape}, {batch.words()}, {dtype}{end}"
+            build = partial(providers, batch, k, n, tokens, dtype, options)
+            rows.append(Case(title, facts | {"M": size * tokens, "shape": shape}, build, t, seconds=8.0))
     return rows
 
 
-def providers(k: int, n: int, tokens: int, name: str, options: Options) -> list[Provider]:
+def providers(batch: Batch, k: int, n: int, tokens: int, name: str, options: Options) -> list[Provider]:
     """frozen, stock and peft_fast, adapters in fp32 and in `name`."""
     device, dtype = torch.device(options.device), DTYPES[name]
     torch.manual_seed(0)
     base = nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    x = torch.randn(ADAPTERS, tokens, k, device=device).to(dtype)
-    batch = [f"a{i}" for i in range(ADAPTERS)]
+    x = torch.randn(len(batch.names), tokens, k, device=device).to(dtype)
     rows = [_provider("frozen", lambda: base(x), base)]
     for fp32 in (True, False) if dtype != torch.float32 else (True,):
         end = "" if fp32 else f" {name}"
         for title in ("stock", "peft_fast"):
             net = nn.Module()
             net.layer = copy.deepcopy(base)
-            layer = _adapted(net, ["layer"], fp32, fast=title == "peft_fast").base_model.model.layer
-            run = partial(layer, x, adapter_names=batch)
-            rows.append(_provider(title + end, run, layer, partial(_verdicts, layer, x, run, title == "peft_fast")))
+            layer = _adapted(net, ["layer"], batch.ranks, fp32, fast=title == "peft_fast").base_model.model.layer
+            run = partial(layer, x, adapter_names=batch.names)
+            verdicts = partial(_verdicts, layer, x, batch.names, run, title == "peft_fast")
+            rows.append(_provider(title + end, run, layer, verdicts))
     return rows
 
 
@@ -83,11 +117,11 @@ def whole(name: str, options: Options) -> list[Provider]:
     config = LlamaConfig(num_hidden_layers=1 if tiny else 4, vocab_size=4096, **(small if tiny else sizes))
     torch.manual_seed(0)
     net = LlamaForCausalLM(config).to(options.device, DTYPES[name]).eval().requires_grad_(False)
-    ids = torch.randint(3, 4096, (ADAPTERS, 16), device=options.device)
+    batch = USUAL.names
+    ids = torch.randint(3, 4096, (len(batch), 16), device=options.device)
     length = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    stock, ours = (_adapted(copy.deepcopy(net), targets, fp32=True, fast=fast) for fast in (False, True))
-    batch = [f"a{i}" for i in range(ADAPTERS)]
+    stock, ours = (_adapted(copy.deepcopy(net), targets, USUAL.ranks, fp32=True, fast=fast) for fast in (False, True))
     return [
         _provider("frozen", partial(net.generate, input_ids=ids, **length), net, waits=True),
         *(
@@ -97,18 +131,18 @@ def whole(name: str, options: Options) -> list[Provider]:
     ]
 
 
-def _adapted(net: nn.Module, targets: list[str], fp32: bool, fast: bool) -> nn.Module:
-    """A PEFT model with ADAPTERS adapters that are not zero."""
+def _adapted(net: nn.Module, targets: list[str], ranks: tuple[int, ...], fp32: bool, fast: bool) -> nn.Module:
+    """A PEFT model with an adapter of each rank, a0, a1, …, none of them zero."""
     from peft import LoraConfig, get_peft_model
 
     import peft_fast
     from peft_fast import settings
 
     torch.manual_seed(0)
-    config = LoraConfig(r=RANK, target_modules=targets, init_lora_weights=False)
-    model = get_peft_model(net, config, adapter_name="a0", autocast_adapter_dtype=fp32)
-    for i in range(1, ADAPTERS):
-        model.add_adapter(f"a{i}", copy.copy(config), autocast_adapter_dtype=fp32)
+    first, *others = (LoraConfig(r=r, target_modules=targets, init_lora_weights=False) for r in ranks)
+    model = get_peft_model(net, first, adapter_name="a0", autocast_adapter_dtype=fp32)
+    for i, config in enumerate(others, 1):
+        model.add_adapter(f"a{i}", config, autocast_adapter_dtype=fp32)
     if fast:
         with settings.override(quiet=True):
             peft_fast.accelerate(model)
@@ -121,7 +155,7 @@ def _provider(name: str, run, module: nn.Module, verdicts=None, waits: bool = Fa
     return dataclasses.replace(row, backlog=0.0) if waits else row
 
 
-def _verdicts(layer: nn.Module, x: Tensor, run, fast: bool) -> dict[str, Verdict]:
+def _verdicts(layer: nn.Module, x: Tensor, batch: list[str], run, fast: bool) -> dict[str, Verdict]:
     """y against float64, row by row, no further from it than PEFT's own sequence of calls."""
     from peft_fast.ops import fast_calls
 
@@ -132,8 +166,10 @@ def _verdicts(layer: nn.Module, x: Tensor, run, fast: bool) -> dict[str, Verdict
         W = layer.base_layer.weight
         base, truth = F.linear(x, W), F.linear(x.double(), W.double())
         stock = base.clone()
-        for i in range(ADAPTERS):
-            A, B, s = layer.lora_A[f"a{i}"].weight, layer.lora_B[f"a{i}"].weight, layer.scaling[f"a{i}"]
+        for i, name in enumerate(batch):
+            if name not in layer.lora_A:
+                continue
+            A, B, s = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
             stock[i] += (F.linear(F.linear(x[i].to(A.dtype), A), B) * s).to(base.dtype)
             truth[i] += F.linear(F.linear(x[i].double(), A.double()), B.double()) * s
     return {"y": check(ours, stock, truth, dtype=x.dtype), "path": path(fast, ran)}
