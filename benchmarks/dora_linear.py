@@ -49,7 +49,8 @@ def cases(options: Options) -> list[Case]:
                 title = f"{model} {words} r={r} {end}"
                 facts = {"model": model, **sizes, "r": r, "dtype": dtype, "p": p}
                 baseline = "stock" if model == "embedding" else "frozen"
-                rows.append(Case(title, facts, build, t, seconds=3.0 if gpu else 10.0, baseline=baseline))
+                how = {"seconds": 3.0 if gpu else 10.0, "baseline": baseline, "as_used": model.endswith(TOKEN)}
+                rows.append(Case(title, facts, build, t, **how))
     if gpu:  # each shape once with dropout first: time may end anywhere
         rows.sort(key=lambda case: case.settings["p"] != dropouts[-1])
     return rows

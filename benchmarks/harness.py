@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peft_fast import dispatch
+from peft_fast import dispatch, settings
 from peft_fast.errors import DataError, PeftFastError, fail
 
 from . import clock, machine, memory, stats
@@ -81,6 +81,7 @@ class Case:
     seconds: float = 20.0  # for its rounds; reached, it ends after MIN_ROUNDS
     baseline: str = "frozen"
     against: str = "stock"
+    as_used: bool = False  # few tokens go where a user's settings send them, not always to our kernels
     smaller: Case | None = None  # what to measure instead where the memory is not enough
 
 
@@ -149,10 +150,10 @@ def _one(case: Case, options: Options, document: dict, progress, show) -> Case |
 def measure(case: Case, options: Options, progress) -> dict:
     """One case -> one row of the document; raises GateError before anything is timed."""
     device = torch.device(options.device)
-    with _threads(case.threads):
+    with _threads(case.threads), _few_tokens(case.as_used):
         providers = case.providers()
-        settings = {**case.settings, "threads": case.threads}
-        row = {"title": case.title, "settings": settings, "baseline": case.baseline}
+        facts = {**case.settings, "threads": case.threads}
+        row = {"title": case.title, "settings": facts, "baseline": case.baseline}
         left_out: dict[str, str] = {}
         row["not_for_these"] = []  # of those left out, the ones where nothing has failed
         row["match"] = _each([p for p in providers if p.gate], gate, left_out, row["not_for_these"])
@@ -323,6 +324,11 @@ def _threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _few_tokens(as_used: bool) -> contextlib.AbstractContextManager:
+    """The command counts every call as large enough; ``as_used``: not this time."""
+    return settings.override(min_tokens=settings.Settings().min_tokens) if as_used else contextlib.nullcontext()
 
 
 def write(path: Path, document: dict) -> None:

@@ -2,6 +2,7 @@
 
 Models are kinds of bases. "nf4-op" needs no library: lora_quantized on packed values, by backend, beside a dense layer.
 The others need bitsandbytes, torchao or HQQ, which are looked for in .venv/quantized too, where `make setup` puts them.
+By name also one token of a kind, as in generation, and nf4.py's rows of a weight that is made dense.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,12 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from peft_fast import settings
 from peft_fast.errors import UnsupportedError, fail
 
-from . import gate, machine
+from . import gate, machine, nf4
 from .criterion import Verdict, check
 from .harness import Case, Options, Provider
-from .lora_linear import DTYPES, accelerate, adapted, draw_adapters, provider
+from .lora_linear import DTYPES, accelerate, adapted, draw_adapters, inference, provider
 from .shapes import GPU_SQUARE, TINY
 
 FOLDER = Path(sys.prefix) / "quantized"
@@ -40,7 +43,11 @@ def four_bits(linear: nn.Linear, quant_type: str, nested: bool) -> nn.Module:
     sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
     options = {"compress_statistics": nested, "quant_type": quant_type, "compute_dtype": dtype}
     layer = bnb.nn.Linear4bit(*sizes, bias=linear.bias is not None, **options)
-    layer.load_state_dict(linear.state_dict())
+    # made of a weight in the layer's dtype, as transformers does it: that is what bitsandbytes makes it dense in
+    how = {"compress_statistics": nested, "quant_type": quant_type}
+    layer.weight = bnb.nn.Params4bit(linear.weight.detach().clone(), requires_grad=False, module=layer, **how)
+    if linear.bias is not None:
+        layer.bias = linear.bias
     return layer.to(linear.weight.device)
 
 
@@ -49,6 +56,8 @@ def eight_bits(linear: nn.Linear) -> nn.Module:
     import bitsandbytes as bnb
 
     sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    # in evaluation it says at every call that it casts x
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     layer = bnb.nn.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False)
     layer.load_state_dict(linear.state_dict())
     return layer.to(linear.weight.device)
@@ -91,24 +100,32 @@ KINDS: dict[str, tuple[str, Callable[[nn.Linear], nn.Module]]] = {
     "hqq": ("hqq", hqq),
 }
 OP = "nf4-op"
+TOKEN, DENSE = "-token", "-dense"  # ends of the names of rows of another question
+FORCED = "peft_fast min_tokens=0"
+JUDGED = 32  # single tokens that the gate looks at
 
 
 def names(device: str) -> tuple[str, ...]:
     """What --model takes."""
-    return (OP, *KINDS)
+    return (OP, *KINDS, *(f"{kind}{TOKEN}" for kind in KINDS), *(f"{kind}{DENSE}" for kind in nf4.KINDS))
+
+
+def _kind(model: str) -> str:
+    return model.removesuffix(TOKEN).removesuffix(DENSE)
 
 
 def cases(options: Options) -> list[Case]:
     """Every kind whose library is there, in each dtype, without and with dropout."""
     gpu, tiny = options.device != "cpu", options.scale == "tiny"
     for kind in options.models:
-        if kind != OP and not _there(KINDS[kind][0]):
-            library = KINDS[kind][0]
+        if kind != OP and not _there(library := KINDS[_kind(kind)][0]):
             do = "run `make setup`, which installs requirements-quantized.txt into .venv/quantized"
             fail(UnsupportedError, f"--model {kind}", f"{library}, which is not installed", do)
     models = options.models or (OP, *(kind for kind in KINDS if _there(KINDS[kind][0])))
     dtypes = options.dtypes or (("bf16", "fp32") if options.scale == "full" and not gpu else ("bf16",))
     threads = options.threads or (1 if gpu or tiny else machine.cores(),)
+    others = [model for model in models if model.endswith((TOKEN, DENSE))]
+    models = [model for model in models if model not in others]
     shapes = [TINY] if tiny else (GPU_SHAPES if gpu else SHAPES)
     if options.scale == "quick":
         shapes = shapes[:1]
@@ -120,6 +137,19 @@ def cases(options: Options) -> list[Case]:
             title = f"{shape} r={RANK} {dtype} p={p:g}" + ("" if gpu else f" threads={t}")
             build = partial(of_op if kind == OP else of_layer, kind, m, k, n, dtype, p, options)
             rows.append(Case(title, facts, build, t, seconds=6.0))
+    for model, dtype, t in itertools.product(others, dtypes, threads):
+        kind, end = _kind(model), f"{dtype}" + ("" if gpu else f" threads={t}")
+        facts = {"model": model, "dtype": dtype, "p": 0.0}
+        if model.endswith(DENSE):
+            for k, n in [TINY[1:]] if tiny else nf4.SHAPES:
+                shape = {"K": k, "N": n, "shape": f"{n} × {k}"}
+                build = partial(nf4.providers, KINDS[kind][1], k, n, dtype, options)
+                rows.append(Case(f"{kind} {n} × {k} {end}", facts | shape, build, t, seconds=6.0, baseline="stock"))
+            continue
+        for k, n in dict.fromkeys((k, n) for _, k, n in shapes):
+            shape = {"M": 1, "K": k, "N": n, "r": RANK, "shape": f"{kind} 1 × {k} × {n}"}
+            build, title = partial(of_token, kind, k, n, dtype, options), f"{kind} 1 × {k} × {n} r={RANK} {end}"
+            rows.append(Case(title, facts | shape, build, t, seconds=6.0, as_used=True))
     return rows
 
 
@@ -134,10 +164,7 @@ def _there(library: str) -> bool:
 def of_layer(kind: str, m: int, k: int, n: int, name: str, p: float, options: Options) -> list[Provider]:
     """The library's layer, stock PEFT, ours, and the library's layer with ours added to it, adapters in fp32."""
     x, g, base = _inputs(m, k, n, name, options)
-    box = nn.Module()
-    box.proj = KINDS[kind][1](base)
-    box.is_loaded_in_4bit, box.is_loaded_in_8bit = kind in ("nf4", "nf4-double", "fp4"), kind == "int8"
-    box.requires_grad_(False)
+    box = _box(kind, base)
     stock, fast, added = (_lora(box, p) for _ in range(3))
     accelerate(fast)
     stock, fast, added = (net.base_model.model.proj for net in (stock, fast, added))
@@ -147,6 +174,39 @@ def of_layer(kind: str, m: int, k: int, n: int, name: str, p: float, options: Op
         _row("stock", stock, x, g),
         _row("peft_fast", fast, x, g, judged=judged),
         _row("peft_fast added", added, x, g, partial(_added, added, p), judged),
+    ]
+
+
+def of_token(kind: str, k: int, n: int, name: str, options: Options) -> list[Provider]:
+    """The same in evaluation, without gradients, as users' settings have it, and by our kernels whatever those say.
+
+    Each has a library's layer of its own: bitsandbytes may pack one for inference at its first call.
+    """
+    x, _, base = _inputs(1, k, n, name, options)
+    x, xs = x.detach(), torch.randn(JUDGED, k, device=x.device).to(x.dtype)
+    stock, ours, forced = (_lora(_box(kind, copy.deepcopy(base)), 0.0).eval() for _ in range(3))
+    for net in (ours, forced):
+        accelerate(net)
+    stock, ours, forced = (net.base_model.model.proj for net in (stock, ours, forced))
+    frozen, plain = (_box(kind, copy.deepcopy(base)).proj.eval() for _ in range(2))
+    W = means(plain, k, x, torch.float32 if kind == "torchao-int8" else x.dtype).double()
+    w = gate.Weights(W, None, *(t.detach().double() for t in gate.adapter(stock)), float(stock.scaling["default"]), 0.0)
+    if kind == "int8":  # in evaluation it rounds x, too
+        w = w._replace(W=torch.zeros_like(W))
+
+    def truth(xs: Tensor) -> Tensor:
+        y = gate.lora(xs.double(), w, None)
+        return y + torch.cat([frozen(x) for x in xs.split(1)]) if kind == "int8" else y
+
+    def always(x: Tensor) -> Tensor:
+        with settings.override(min_tokens=0):
+            return forced(x)
+
+    return [
+        inference("frozen", frozen, x, _kept(frozen)),
+        inference("stock", stock, x, _kept(stock)),
+        inference("peft_fast", ours, x, _kept(ours), partial(gate.check_tokens, ours, stock, truth, xs, fast=False)),
+        inference(FORCED, always, x, _kept(forced), partial(gate.check_tokens, always, stock, truth, xs)),
     ]
 
 
@@ -193,6 +253,14 @@ def _inputs(m: int, k: int, n: int, name: str, options: Options) -> tuple[Tensor
     base = nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False)
     nn.init.normal_(base.weight, std=k**-0.5)
     return x, g, base
+
+
+def _box(kind: str, base: nn.Linear) -> nn.Module:
+    """A model of one layer, `proj`, the library's of a dense one."""
+    box = nn.Module()
+    box.proj = KINDS[kind][1](base)
+    box.is_loaded_in_4bit, box.is_loaded_in_8bit = kind in ("nf4", "nf4-double", "fp4"), kind == "int8"
+    return box.requires_grad_(False)
 
 
 def _lora(box: nn.Module, p: float) -> nn.Module:
