@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -15,13 +14,15 @@ from .lora_linear import inference
 JUDGED = 32  # single tokens that the gate looks at
 
 
-def cached(run: Callable) -> Callable:
-    """The same inside DoraCaching: a magnitude's norm, and with stock PEFT B·A, are kept from the first call on."""
+def cached(run: Callable, enabled: bool = True) -> Callable:
+    """The same inside DoraCaching: a magnitude's norm, and with stock PEFT B·A, are kept from the first call on.
+
+    Not ``enabled``: they are computed anew, whatever is kept.
+    """
     from peft.helpers import DoraCaching
 
-    @functools.wraps(run)
     def call(*args, **kwargs):
-        with DoraCaching():
+        with DoraCaching(enabled):
             return run(*args, **kwargs)
 
     return call

@@ -1,7 +1,8 @@
 """A language model that generates with adapters on, one sequence at a time: merged, stock PEFT, and peft_fast.
 
 Merged is what the adapters may cost nothing beside: PEFT's merge_and_unload, plain nn.Linear layers. All three are
-copies of one model, and generate the same number of tokens greedily from the same words.
+copies of one model, and generate the same number of tokens greedily from the same words. By name also with DoRA
+adapters, and merged.py's rows of what it costs to merge and to go back.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 from peft_fast import settings
 
-from . import machine
+from . import dora, machine, merged
 from .blocks import RANK
 from .criterion import Verdict, check
-from .gate import adapter, path, weights
+from .gate import adapter, in_float64, lora, path, weights
 from .harness import Case, Options, Provider
 from .lora_linear import DTYPES
 from .train_step import NETWORK_SLACK
@@ -44,10 +45,15 @@ LLAMAS = {"llama-1024": Llama(1024, 2816, 12), "llama-2048": Llama(2048, 5632, 8
 # no GPU machine has a network for certain, so nothing there is downloaded
 GPU_LLAMAS = {"llama-3-8b-like": Llama(4096, 14336, 8), "llama-1024": LLAMAS["llama-1024"]}
 TINY = Llama(128, 192, 2, 64)
+DORA, MERGED = "-dora", "-merged"  # ends of the names of models with DoRA, and of rows that enter and leave merged()
 
 
 def names(device: str) -> tuple[str, ...]:
     """What --model takes on this device."""
+    return tuple(model + end for end in ("", DORA, MERGED, DORA + MERGED) for model in _models(device))
+
+
+def _models(device: str) -> tuple[str, ...]:
     return (SMOLLM2, *LLAMAS) if device == "cpu" else tuple(GPU_LLAMAS)
 
 
@@ -56,36 +62,60 @@ def cases(options: Options) -> list[Case]:
     gpu, new, rows = options.device != "cpu", NEW[options.scale], []
     full = options.scale == "full"
     dtypes = options.dtypes or (("bf16", "fp32") if full and not gpu else ("bf16",))
-    models = options.models or (names(options.device) if full else tuple(GPU_LLAMAS if gpu else LLAMAS)[:1])
+    models = options.models or (_models(options.device) if full else tuple(GPU_LLAMAS if gpu else LLAMAS)[:1])
     threads = options.threads or (1 if gpu else machine.cores(),)
     for name, dtype, t in itertools.product(models, dtypes, threads):
-        title = f"{name} {new} tokens r={RANK} {dtype}" + ("" if gpu else f" threads={t}")
-        facts = {"model": name, "tokens": new, "prompt": PROMPT, "r": RANK, "dtype": dtype, "p": 0.0}
+        end = f"r={RANK} {dtype}" + ("" if gpu else f" threads={t}")
+        facts = {"model": name, "r": RANK, "dtype": dtype, "p": 0.0}
+        made = partial(_pair, name, DTYPES[dtype], options.scale == "tiny", options.device)
+        if name.endswith(MERGED):
+            title = f"{name.removesuffix(MERGED)} merged and back {end}"
+            rows.append(Case(title, facts, partial(merged.providers, made), t, seconds=30.0, baseline="stock"))
+            continue
+        facts |= {"tokens": new, "prompt": PROMPT}
         make = partial(providers, name, DTYPES[dtype], new, options.scale == "tiny", options.device)
-        rows.append(Case(title, facts, make, t, seconds=15.0 if gpu else 90.0, baseline="merged"))
+        title, seconds = f"{name} {new} tokens {end}", 15.0 if gpu else 90.0
+        rows.append(Case(title, facts, make, t, seconds=seconds, baseline="merged"))
     return rows
 
 
-def providers(name: str, dtype: torch.dtype, new: int, tiny: bool, device: str = "cpu") -> list[Provider]:
-    """merged, stock and peft_fast; the last also with adapters in the model's own dtype."""
+def _pair(name: str, dtype: torch.dtype, tiny: bool, device: str) -> tuple[nn.Module, nn.Module]:
+    """A model with adapters, stock PEFT's and ours."""
+    torch.manual_seed(0)
+    stock = adapted(network(name, tiny, device).to(dtype).eval(), with_dora=DORA in name)
+    return stock, accelerated(copy.deepcopy(stock))
+
+
+def accelerated(model: nn.Module) -> nn.Module:
+    """The same model."""
     import peft_fast
 
-    torch.manual_seed(0)
-    net = network(name, tiny, device).to(dtype).eval()
-    ids = torch.randint(1, net.config.vocab_size, (1, PROMPT), device=device)
-    stock = adapted(net)
-    ours = copy.deepcopy(stock)
     with settings.override(quiet=True):
-        peft_fast.accelerate(ours)
+        peft_fast.accelerate(model)
+    return model
+
+
+def providers(name: str, dtype: torch.dtype, new: int, tiny: bool, device: str = "cpu") -> list[Provider]:
+    """merged, stock and peft_fast; the last also with adapters in the model's own dtype, DoRA inside DoraCaching."""
+    torch.manual_seed(0)
+    net, with_dora = network(name, tiny, device).to(dtype).eval(), DORA in name
+    ids = torch.randint(1, net.config.vocab_size, (1, PROMPT), device=device)
+    stock = adapted(net, with_dora=with_dora)
+    ours = accelerated(copy.deepcopy(stock))
     rows = [
         _provider("merged", copy.deepcopy(stock).merge_and_unload(), ids, new),
         _provider("stock", stock, ids, new),
         _provider("peft_fast", ours, ids, new, partial(verdicts, ours, stock, ids, new)),
     ]
+    if with_dora:
+        # the models of the rows above, which clear what is kept: it is made anew once a generation
+        for title, model in (("stock", stock), ("peft_fast", ours)):
+            kept = [*model.parameters(), *model.buffers()]
+            phases = {"generate": dora.cached(partial(generated, model, ids, new))}
+            gate = partial(verdicts, ours, stock, ids, new, dora.cached) if model is ours else None
+            rows.append(Provider(f"{title} cached", phases, kept, gate, backlog=0.0))
     if dtype != torch.float32:
-        same = adapted(net, fp32=False)
-        with settings.override(quiet=True):
-            peft_fast.accelerate(same)
+        same = accelerated(adapted(net, fp32=False, with_dora=with_dora))
         rows.append(_provider(f"peft_fast {_short(dtype)}", same, ids, new))
     return rows
 
@@ -94,6 +124,7 @@ def network(name: str, tiny: bool, device: str = "cpu") -> nn.Module:
     """The model in float32, pretrained where that is what it is."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+    name = name.removesuffix(MERGED).removesuffix(DORA)
     if name == SMOLLM2 and not tiny:
         from peft_fast.recipes import examples
 
@@ -108,16 +139,19 @@ def network(name: str, tiny: bool, device: str = "cpu") -> nn.Module:
         return LlamaForCausalLM(config)
 
 
-def adapted(net: nn.Module, fp32: bool = True) -> nn.Module:
-    """A copy with adapters on every linear layer but the head, whose B is not zero."""
+def adapted(net: nn.Module, fp32: bool = True, with_dora: bool = False) -> nn.Module:
+    """A copy with adapters on every linear layer but the head, whose B is not zero, nor the magnitude a norm."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", lora_dropout=0.05)
+    options = {"target_modules": "all-linear", "lora_dropout": 0.05, "use_dora": with_dora}
+    config = LoraConfig(r=RANK, lora_alpha=RANK, **options)
     model = get_peft_model(copy.deepcopy(net), config, autocast_adapter_dtype=fp32).eval()
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             nn.init.normal_(parameter, std=0.02)
+        elif "lora_magnitude" in parameter_name:
+            parameter.data.mul_(1 + 0.05 * torch.randn_like(parameter))
     return model
 
 
@@ -130,8 +164,17 @@ def generated(model: nn.Module, ids: Tensor, new: int) -> Tensor:
         )  # fmt: skip
 
 
-def verdicts(ours: nn.Module, stock: nn.Module, ids: Tensor, new: int) -> dict[str, Verdict]:
-    """Every kind of layer by the criterion; the logits, and in float32 the very tokens, against stock PEFT's."""
+def verdicts(
+    ours: nn.Module, stock: nn.Module, ids: Tensor, new: int, around: Callable = lambda run: run
+) -> dict[str, Verdict]:
+    """Every kind of layer by the criterion; the logits, and in float32 the very tokens, against stock PEFT's.
+
+    All of it ``around``, which is given a function and returns one.
+    """
+    return around(partial(_verdicts, ours, stock, ids, new))()
+
+
+def _verdicts(ours: nn.Module, stock: nn.Module, ids: Tensor, new: int) -> dict[str, Verdict]:
     from peft_fast.ops import fast_calls
 
     dtype = next(stock.parameters()).dtype
@@ -141,7 +184,7 @@ def verdicts(ours: nn.Module, stock: nn.Module, ids: Tensor, new: int) -> dict[s
         before = fast_calls()
         y, expected = (model(input_ids=ids).logits for model in (ours, stock))
         found["path"] = path(True, fast_calls() - before == len(_lora(ours)))
-        truth = copy.deepcopy(stock).double()(input_ids=ids).logits
+        truth = dora.cached(copy.deepcopy(stock).double(), False)(input_ids=ids).logits
     e, e0 = ((out.double() - truth).norm().item() / truth.norm().item() for out in (y, expected))
     allowed = NETWORK_SLACK * e0 + torch.finfo(dtype).eps / 4
     reason = f"error {e:.2e} is above {allowed:.2e} (stock {e0:.2e})"
@@ -160,9 +203,7 @@ def _layer_verdicts(ours: nn.Module, stock: nn.Module, dtype: torch.dtype) -> di
         K, N = A.shape[1], B.shape[0]
         if (name := f"{K}→{N}") not in found:
             x = torch.randn(PROMPT, K, generator=torch.Generator().manual_seed(K + N)).to(A.device, dtype)
-            W = weights(slow, torch.float64)
-            truth = x.double() @ W.W.double().T + W.scaling * (x.double() @ W.A.T @ W.B.T)
-            truth = truth if W.bias is None else truth + W.bias.double()
+            truth = lora(x.double(), in_float64(weights(slow, torch.float64)), None)
             found[name] = check(fast(x), slow(x), truth, dtype=dtype)
     return found
 
