@@ -26,9 +26,16 @@ from .harness import Case, Options, Provider
 from .lora_linear import DTYPES
 from .train_step import NETWORK_SLACK
 
+Around = Callable[[Callable], Callable]  # what a function is called in
+
 SMOLLM2 = "smollm2-135m"
 PROMPT = 16  # tokens
 NEW = {"full": 64, "quick": 16, "tiny": 2}
+
+
+def as_it_is(run: Callable) -> Callable:
+    """The same function."""
+    return run
 
 
 @dataclass(frozen=True)
@@ -109,11 +116,9 @@ def providers(name: str, dtype: torch.dtype, new: int, tiny: bool, device: str =
     ]
     if with_dora:
         # the models of the rows above, which clear what is kept: it is made anew once a generation
-        for title, model in (("stock", stock), ("peft_fast", ours)):
-            kept = [*model.parameters(), *model.buffers()]
-            phases = {"generate": dora.cached(partial(generated, model, ids, new))}
-            gate = partial(verdicts, ours, stock, ids, new, dora.cached) if model is ours else None
-            rows.append(Provider(f"{title} cached", phases, kept, gate, backlog=0.0))
+        gate = partial(verdicts, ours, stock, ids, new, dora.cached)
+        rows.append(_provider("stock cached", stock, ids, new, around=dora.cached))
+        rows.append(_provider("peft_fast cached", ours, ids, new, gate, dora.cached))
     if dtype != torch.float32:
         same = accelerated(adapted(net, fp32=False, with_dora=with_dora))
         rows.append(_provider(f"peft_fast {_short(dtype)}", same, ids, new))
@@ -164,13 +169,8 @@ def generated(model: nn.Module, ids: Tensor, new: int) -> Tensor:
         )  # fmt: skip
 
 
-def verdicts(
-    ours: nn.Module, stock: nn.Module, ids: Tensor, new: int, around: Callable = lambda run: run
-) -> dict[str, Verdict]:
-    """Every kind of layer by the criterion; the logits, and in float32 the very tokens, against stock PEFT's.
-
-    All of it ``around``, which is given a function and returns one.
-    """
+def verdicts(ours: nn.Module, stock: nn.Module, ids: Tensor, new: int, around: Around = as_it_is) -> dict[str, Verdict]:
+    """Every kind of layer by the criterion; the logits, and in float32 the very tokens, against stock PEFT's."""
     return around(partial(_verdicts, ours, stock, ids, new))()
 
 
@@ -212,10 +212,12 @@ def _lora(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if getattr(module, "lora_A", None)]
 
 
-def _provider(name: str, model: nn.Module, ids: Tensor, new: int, gate: Callable | None = None) -> Provider:
+def _provider(
+    name: str, model: nn.Module, ids: Tensor, new: int, gate: Callable | None = None, around: Around = as_it_is
+) -> Provider:
     kept = [*model.parameters(), *model.buffers()]
     # every token waits for the one before it: on a GPU there is no queue to fill
-    return Provider(name, {"generate": lambda: generated(model, ids, new)}, kept, gate, backlog=0.0)
+    return Provider(name, {"generate": around(partial(generated, model, ids, new))}, kept, gate, backlog=0.0)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -66,7 +66,8 @@ def cases(options: Options) -> list[Case]:
     dtypes = options.dtypes or (("bf16", "fp32") if options.scale == "full" and not gpu else ("bf16",))
     threads = options.threads or (1 if gpu or tiny else machine.cores(),)
     rows = []
-    for model, dtype, t in itertools.product(options.models or ("llama-like", "generate"), dtypes, threads):
+    usual = ("llama-3-8b" if gpu else "llama-like", "generate")
+    for model, dtype, t in itertools.product(options.models or usual, dtypes, threads):
         batch = MANY if model.endswith(RANKS) else USUAL
         size = len(batch.names)
         facts = {"model": model, "adapters": len(batch.ranks), "r": max(batch.ranks), "dtype": dtype, "p": 0.0}
@@ -76,11 +77,9 @@ def cases(options: Options) -> list[Case]:
             build = partial(whole, dtype, options)
             rows.append(Case(title, facts | {"shape": "a model"}, build, t, seconds=25.0))
             continue
-        layers = [(m, k, n) for (m, k, n), _ in (GPU_LAYERS if gpu else LAYERS)[model.removesuffix(RANKS)]]
-        if batch is MANY:
-            facts |= {"rows": size}
-            layers = list({(k, n): (m, k, n) for m, k, n in layers}.values())
-        for (_, k, n), tokens in itertools.product([(0, 64, 96)] if tiny else layers, batch.lengths):
+        facts |= {"rows": size} if batch is MANY else {}
+        layers = dict.fromkeys(shape[1:] for shape, _ in (GPU_LAYERS if gpu else LAYERS)[model.removesuffix(RANKS)])
+        for (k, n), tokens in itertools.product([(64, 96)] if tiny else layers, batch.lengths):
             shape = f"{size} × {tokens} tokens, {k} → {n}"
             title = f"{model} {shape}, {batch.words()}, {dtype}{end}"
             build = partial(providers, batch, k, n, tokens, dtype, options)

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from peft_fast.benchmarks import harness, table
+from peft_fast.benchmarks import harness, kinds, table
 from peft_fast.cli import app
 from peft_fast.errors import DataError
 
@@ -150,6 +150,37 @@ def test_the_summary_takes_the_median_and_the_extremes_of_a_machine():
     assert sum(line.startswith("| a linear layer | bf16 | 0.05 | 1 |") for line in lines) == 2
     assert sum(line.startswith("| training steps") for line in lines) == 1
     assert lines[-1] != lines[4] and sum(line.startswith("<sub>") for line in lines) == 2
+
+
+APART = {
+    "dora_linear": ("llama-like", "llama-like-token", "embedding-token", "embedding"),
+    "lora_mixed": ("llama-like", "llama-like-ranks"),
+    "generate": ("llama-1024", "llama-1024-dora", "llama-1024-merged", "llama-1024-dora-merged"),
+    "quantized": ("nf4", "nf4-token", "nf4-dense"),
+}
+
+
+def of_model(bench, model):
+    """A document of one row."""
+    run = {**document(1.25), "bench": bench}
+    row = run["rows"][0] | {"title": f"a row of {model}", "baseline": "frozen"}
+    row["settings"] = row["settings"] | {"model": model, "adapters": 16, "rows": 72}
+    return {**run, "rows": [row]}
+
+
+@pytest.mark.parametrize("bench", APART)
+def test_rows_of_another_question_have_a_table_of_their_own(bench):
+    first, *others = APART[bench]
+    alone = table.single(bench, [of_model(bench, first)])
+    assert "###" not in alone and f"a row of {first}" in alone
+    text = table.single(bench, [of_model(bench, model) for model in (first, *others)])
+    assert text.startswith(alone) and all(f"| a row of {model} |" in text for model in others)
+    assert text.count("### ") == len(kinds.APART[bench]) == text.count("<sub>") - 1
+    without = table.single(bench, [of_model(bench, others[0])])
+    assert without.startswith("_Nothing measured yet") and without.count("### ") == 1
+    runs = [of_model(bench, model) for model in (first, *others)]
+    found = {line.split("|")[1] for line in table.summarized(runs).splitlines() if "bf16" in line}
+    assert len(found) == len({kinds.kind(bench, run["rows"][0]["settings"]) for run in runs})
 
 
 def test_a_noisy_row_is_marked():

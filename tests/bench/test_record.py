@@ -91,6 +91,18 @@ def test_targets_of_ops_with_one_plan(ours, peak, met):
     assert f"**{ours:.2f}**" in page and "speed-up over stock" in page and page.count("\n| ") == 2
 
 
+def test_rows_with_a_table_of_their_own_have_no_target():
+    models = {"dora_linear": "embedding", "lora_mixed": "llama-like-ranks", "generate": "llama-1024-dora"}
+    runs = []
+    for bench, model in models.items():
+        row = layer_row(9.0, model=model) | {"title": f"a row of {model}", "baseline": "frozen"}
+        runs.append(document(bench, row))
+    found = {target.name: target for target in targets.judge(runs)}
+    assert {found[ALONE[bench]].word for bench in models} == {"not measured"}
+    page = gpu_page.page({"machine": MACHINE, "scale": "full", "targets": [], "steps": [], "runs": runs})
+    assert page.count("\n### ") == 3 and all(f"| a row of {model} |" in page for model in models.values())
+
+
 def test_toy_sizes_measure_nothing():
     run = {**document("lora_linear", layer_row(1.2, stock=1.1)), "scale": "tiny"}
     assert {target.word for target in targets.judge([run])} == {"not measured"}
