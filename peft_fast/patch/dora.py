@@ -63,7 +63,9 @@ def active(layer: nn.Module) -> str:
     if not variants or layer._disable_adapters or layer.merged_adapters:
         return ""
     kinds = _variants.DoraLinearVariant, _variants.DoraEmbeddingVariant
-    return next((name for name in layer.active_adapters if type(variants.get(name)) in kinds), "")
+    # one with a forward of its own is not what its class is
+    known = {name for name, variant in variants.items() if type(variant) in kinds and not vars(variant)}
+    return next((name for name in layer.active_adapters if name in known), "")
 
 
 def plan_of(layer: nn.Module) -> Plan | str:
@@ -79,6 +81,8 @@ def plan_of(layer: nn.Module) -> Plan | str:
     N = found.W.shape[1 if found.transposed else 0]
     if found.adapters[0].bias is not None:
         return "lora_B has a bias beside a magnitude"
+    if magnitude.fan_in_fan_out is not found.transposed:
+        return "the magnitude's fan_in_fan_out is not the base layer's"
     if why := _refuse(magnitude, _dora.DoraLinearLayer, "Linear", N, found.W, found.adapters[0]):
         return why
     if not layer.training:  # PEFT asks the layer, which need not be what its dropout is

@@ -180,9 +180,14 @@ OWN = {
     "another_adapter": (lambda m: _second_dora(m, "second"), 2),
     "two_adapters": (lambda m: _second_dora(m, ["default", "second"]), 0),
     "variant_of_another_class": (lambda m: layers(m)[0].lora_variant.update({"default": _Other()}), 1),
+    "variant_with_its_own": (lambda m: _instance(layers(m)[0].lora_variant["default"]), 1),
     "no_variant": (lambda m: layers(m)[0].lora_variant.clear(), 2),
     "fresh": (lambda m: layers(m)[0].lora_B["default"].weight.data.zero_(), 1),
 }
+
+
+def _instance(variant):
+    variant.forward = _Other.forward
 
 
 class _Other:
@@ -202,6 +207,15 @@ def test_changes_of_what_only_dora_has(change, dtype):
     apply(model)
     for _ in range(3):
         assert assert_right(model, x) == taken
+
+
+def test_a_square_weight_whose_norm_is_that_of_columns():
+    model = adapt(lambda: nn.Sequential(nn.Linear(K, K)), ["0"], use_dora=True).eval()
+    layer = layers(model)[0]
+    for turned, fast in ((False, 1), (True, 0)):
+        magnitude(layer).fan_in_fan_out = turned
+        for tokens in (2, 2, 200):
+            assert assert_right(model, inputs(tokens, K).detach()) == (fast if tokens == 2 else 0)
 
 
 def test_merging_and_back_is_seen(norms):
