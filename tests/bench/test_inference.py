@@ -102,7 +102,7 @@ def test_the_gates_of_dora_see_a_wrong_magnitude(monkeypatch):
         monkeypatch.setattr(dora.Plan, "m", property(lambda self: self.magnitude.weight * 1.01))
         assert not token["peft_fast"].gate()["y"] and not token["peft_fast cached"].gate()["y"]
         real = dora.run_embedding
-        monkeypatch.setattr(dora, "run_embedding", lambda ids, found: real(ids, found) * 1.01)
+        monkeypatch.setattr(dora, "run_embedding", lambda *args: real(*args) * 1.01)
         found = trained["peft_fast"].gate()
         assert not any(found[name] for name in ("y", "dA", "dB", "dm")) and not one["peft_fast"].gate()["y"]
 
