@@ -18,7 +18,7 @@ from peft_fast import dispatch, settings
 from peft_fast.ops import Adapter, lora_add, lora_quantized
 from peft_fast.ops.checks import FLOATS
 from peft_fast.ops.dropout import native_mask
-from peft_fast.patch import ledger, packed, plan
+from peft_fast.patch import ledger, packed, plan, unpacking
 from peft_fast.patch.marks import wanted
 
 # the library that makes the base, PEFT's module and class for it
@@ -93,10 +93,12 @@ def install() -> None:
     load()
     for kind in _stock:
         kind.forward = forward
+    unpacking.install()
 
 
 def uninstall() -> None:
     """Gives the classes their own forward back, if nobody has replaced the guard since."""
+    unpacking.uninstall()
     for kind, stock in _stock.items():
         if kind.__dict__.get("forward") is forward:
             if stock is plan.stock_linear:
@@ -127,7 +129,7 @@ def forward(self, x, *args, **kwargs):
         return stock(self, x, *args, **kwargs)
     if torch.compiler.is_compiling():
         return stock(self, x, *args, **kwargs)
-    found = plan.refuse_call(args, kwargs) or plan_of(self)
+    found = plan.refuse_call(args, kwargs) or _unpacked(self, x) or plan_of(self)
     reason = found if type(found) is str else refuse_input(self, x, found)
     ledger.count(self, reason or None)
     if reason:
@@ -139,6 +141,11 @@ def forward(self, x, *args, **kwargs):
         y = lora_quantized(x, found.base.W, found.base.bias, found.adapters, exact=exact)
         return y.to(x.dtype) if found.base.widens else y
     return lora_add(self.base_layer(x), x, found.adapters, exact=exact)
+
+
+def _unpacked(layer: nn.Module, x: Tensor) -> str:
+    """Why the base cannot be differentiated, after what can be done about it."""
+    return unpacking.ready(layer._modules["base_layer"], x) if isinstance(x, Tensor) else ""
 
 
 def plan_of(layer: nn.Module) -> Plan | str:

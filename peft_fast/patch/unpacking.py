@@ -1,0 +1,101 @@
+"""bitsandbytes' 4-bit layers on the CPU, which pack themselves for inference: unpacked before a gradient is needed.
+
+In evaluation Linear4bit packs its weight for processors with AVX512BF16, for good, and the packed product has no
+backward: what lies below trains no more, silently. bitsandbytes' own inverse, applied where a state dict is asked for,
+leaves the scales as the packing rounded them, and in another order if they are not quantized themselves. So those of
+before are kept beside the packed ones, and put back with the weight.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from peft_fast.patch.marks import MARK, state
+
+# of a QuantState: what packing overwrites, kept in its __dict__ under KEPT so that copies and pickles have it
+SCALES = ("absmax", "nested", "state2", "offset", "dtype")
+KEPT = "_peft_fast_scales"
+
+# bitsandbytes' Linear4bit -> its own forward
+_stock: dict[type, object] = {}
+
+
+def install() -> None:
+    """Puts the guard on bitsandbytes' class, if that is loaded."""
+    kind = getattr(getattr(sys.modules.get("bitsandbytes"), "nn", None), "Linear4bit", None)
+    if isinstance(kind, type) and "forward" in kind.__dict__:
+        if kind not in _stock:
+            _stock[kind] = kind.forward
+        kind.forward = forward
+
+
+def uninstall() -> None:
+    """Gives the class its own forward back, if nobody has replaced the guard since."""
+    for kind, stock in _stock.items():
+        if kind.__dict__.get("forward") is forward:
+            kind.forward = stock
+
+
+def forward(self, x, *args, **kwargs):
+    """The forward that accelerate() puts on Linear4bit: also layers without an adapter pass gradients on."""
+    asked = MARK in self.__dict__ or state.everywhere
+    if asked and not state.off and not torch.compiler.is_compiling() and isinstance(x, Tensor):
+        ready(self, x)
+    stock = _stock.get(type(self)) or next(_stock[kind] for kind in type(self).__mro__ if kind in _stock)
+    return stock(self, x, *args, **kwargs)
+
+
+def ready(base: nn.Module, x: Tensor) -> str:
+    """Has Linear4bit differentiate its call with x, or remember what that call may pack; why it cannot, if so."""
+    W = base._parameters.get("weight")
+    found = getattr(W, "quant_state", None)
+    if found is None:
+        return ""
+    values, graph = found.__dict__, x.requires_grad and torch.is_grad_enabled()
+    if values.get("packing_format_for_cpu"):
+        return unpack(W) if (base.training or graph) and not state.paused else ""
+    if KEPT in values:  # bitsandbytes unpacked it, for a state dict
+        _put_back(W)
+    if x.is_cpu and not base.training and not x.requires_grad and getattr(base, "support_avx512bf16_for_cpu", False):
+        values[KEPT] = {name: values[name] for name in SCALES if name in values}
+    return ""
+
+
+def packed(base: nn.Module) -> bool:
+    """Is the weight of a Linear4bit packed for inference?"""
+    found = getattr(base._parameters.get("weight"), "quant_state", None)
+    return found is not None and bool(found.__dict__.get("packing_format_for_cpu"))
+
+
+def unpack(W: nn.Parameter) -> str:
+    """Makes a packed weight what it was; why not, if that cannot be."""
+    inverse = getattr(sys.modules["bitsandbytes"].functional, "_convert_weight_packed_for_cpu_inverse", None)
+    if inverse is None:
+        return _warn()
+    scales = W.quant_state.absmax
+    W.data, W.quant_state = inverse(W.data, W.quant_state)
+    if KEPT in W.quant_state.__dict__:
+        _put_back(W)
+    elif not W.quant_state.nested and W.quant_state.absmax is scales:
+        # nobody saw it being packed: at least the same scales in the weight's order
+        W.quant_state.absmax = scales.t().reshape(-1).float()
+    return ""
+
+
+def _put_back(W):
+    found = W.quant_state
+    found.__dict__.update(found.__dict__.pop(KEPT))
+    if found.absmax.device != W.device:
+        found.to(W.device)
+
+
+@functools.cache
+def _warn() -> str:
+    why = "bitsandbytes has packed the weight for inference, and cannot unpack it for a gradient"
+    warnings.warn(f"peft_fast: {why}; load the model again to train it", stacklevel=2)
+    return why

@@ -1,0 +1,186 @@
+"""bitsandbytes packs a 4-bit layer at its first call in evaluation, and the packed product has no backward."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import peft_fast
+from peft_fast import settings
+from peft_fast.patch import unpacking
+from tests.patch.toys import assert_same, stock
+from tests.patch.toys import step as one_step
+from tests.quantized import models
+from tests.quantized.models import K, inputs, ready, toy
+
+KINDS = [(kind, nested) for kind in ("nf4", "fp4") for nested in (True, False)]
+kinds = pytest.mark.parametrize(("kind", "nested"), KINDS, ids=str)
+
+
+def model_of(kind="nf4", nested=True, dtype=torch.float32, targets=("up", "down"), **config):
+    options = {"quant_type": kind, "nested": nested, "compute": dtype}
+    model = ready(toy(models.four_bits, dtype, options=options, target_modules=list(targets), **config), dtype).train()
+    for base in bases(model):
+        if not nested:  # scales that are told apart, which those of a fresh layer are not
+            base.weight.quant_state.absmax.mul_(torch.linspace(0.5, 1.5, base.weight.quant_state.absmax.numel()))
+    return model
+
+
+def bases(model):
+    import bitsandbytes as bnb
+
+    return [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+
+
+def step(model, tokens=150):
+    """Output and every gradient of a training step."""
+    dtype = bases(model)[0].compute_dtype
+    return one_step(model.train(), [inputs(tokens, K, dtype=dtype)], {})
+
+
+def generate(model):
+    """A token of evaluation, at which bitsandbytes packs what it can."""
+    dtype = bases(model)[0].compute_dtype
+    model.eval()
+    with torch.no_grad(), settings.override(min_tokens=128):
+        model(inputs(1, K, dtype=dtype).detach())
+    packs = [base.support_avx512bf16_for_cpu for base in bases(model)]
+    assert [unpacking.packed(base) for base in bases(model)] == packs and len(packs) == 2
+    return model
+
+
+@pytest.mark.parametrize("targets", [["up", "down"], ["up"], ["down"]], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@kinds
+def test_training_after_generating(kind, nested, dtype, targets):
+    """Every gradient is that of a model which never generated, also through layers without an adapter."""
+    model = model_of(kind, nested, dtype, targets)
+    expected = step(copy.deepcopy(model))
+    for _ in range(2):
+        assert_same(expected, step(generate(model)))
+
+
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_dropout": 0.3}], ids=str)
+def test_what_peft_runs_too(config):
+    model = model_of(**config)
+    with settings.override(min_tokens=128):
+        expected = step(copy.deepcopy(model), 3)
+        assert_same(expected, step(generate(model), 3))
+
+
+@kinds
+def test_bitsandbytes_unpacks_for_a_state_dict(kind, nested):
+    """With scales that were rounded, in an order of their own where they are not quantized."""
+    model = model_of(kind, nested)
+    expected = step(copy.deepcopy(model))
+    generate(model).state_dict()
+    assert_same(expected, step(model))
+
+
+@kinds
+def test_copies_and_pickles_of_a_packed_model(kind, nested):
+    model = model_of(kind, nested)
+    expected = step(copy.deepcopy(model))
+    generate(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert_same(expected, step(other))
+
+
+@pytest.mark.parametrize("around", [peft_fast.disabled, torch.inference_mode])
+def test_it_is_packed_elsewhere(around):
+    model = model_of()
+    expected = step(copy.deepcopy(model))
+    with around():
+        generate(model)
+    assert_same(expected, step(model))
+
+
+@kinds
+def test_it_was_packed_before_anybody_looked(kind, nested):
+    """Nobody has its scales as they were: those of the packing, as far off as bitsandbytes rounds them."""
+    model = model_of(kind, nested)
+    expected = step(copy.deepcopy(model))
+    with stock():
+        generate(model)
+    got = step(model)
+    for name, e in expected.items():
+        assert (got[name] - e).norm() < 0.02 * e.norm(), name
+
+
+def test_it_was_packed_and_unpacked_is_what_the_packed_one_computes():
+    model = model_of("nf4", False)
+    with stock():
+        generate(model)
+    base, x = bases(model)[0], inputs(3, K).detach().bfloat16().float()
+    if not unpacking.packed(base):
+        pytest.skip("this processor has no kernel for it")
+    with torch.no_grad():
+        packed = base(x)
+    torch.testing.assert_close(base.train()(x), packed, rtol=0, atol=0.01 * packed.abs().max().item())
+
+
+def test_gradients_in_evaluation():
+    model = model_of()
+    x = inputs(3, K)
+    (expected,) = torch.autograd.grad(copy.deepcopy(model).eval()(x).sum(), x)
+    generate(model)
+    (got,) = torch.autograd.grad(model(x).sum(), x)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return checkpoint(self.model, x, use_reentrant=reentrant) if self.training else self.model(x)
+
+    model = Checkpointed(model_of(lora_dropout=0.3))
+    expected = step(copy.deepcopy(model))
+    assert_same(expected, step(generate(model)))
+    with settings.override(min_tokens=128):
+        expected = step(copy.deepcopy(model), 5)
+        assert_same(expected, step(generate(model), 5))
+
+
+def test_a_bitsandbytes_that_cannot_unpack(monkeypatch):
+    import bitsandbytes as bnb
+
+    model = model_of(bias=False)
+    generate(model)
+    if not unpacking.packed(bases(model)[0]):
+        pytest.skip("this processor has no kernel for it")
+    monkeypatch.delattr(bnb.functional, "_convert_weight_packed_for_cpu_inverse")
+    unpacking._warn.cache_clear()
+    with pytest.warns(UserWarning, match="cannot unpack it") as warned:
+        model.train()(inputs(150, K))
+    assert len([w for w in warned if "cannot unpack" in str(w.message)]) == 1
+    assert any("cannot unpack it" in reason for reason in peft_fast.report(model).handed_back)
+
+
+def test_other_models_stay_bitsandbytes():
+    """The guard on its class acts on accelerated models alone, and goes with the last of them."""
+    import bitsandbytes as bnb
+
+    model = model_of()
+    other = copy.deepcopy(bases(model)[0]).eval()
+    peft_fast.restore(nn.ModuleList([other]))
+    assert bnb.nn.Linear4bit.forward is unpacking.forward
+    with torch.no_grad():
+        other(inputs(1, K).detach())
+    assert unpacking.KEPT not in other.weight.quant_state.__dict__
+    peft_fast.restore(model)
+    assert bnb.nn.Linear4bit.forward is not unpacking.forward
+    peft_fast.enable()
+    assert bnb.nn.Linear4bit.forward is unpacking.forward
+    peft_fast.disable()
+    assert bnb.nn.Linear4bit.forward is not unpacking.forward
