@@ -32,13 +32,13 @@ def linear(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
     """x (b, ..., K) -> y (b, ..., N) of a wanted lora.Linear."""
     if not args and len(kwargs) == 1 and (y := _common(layer, x, kwargs["adapter_names"])) is not None:
         return y
-    names, reason = _names(layer, x, args, kwargs)
+    names, reason = names_of(layer, x, args, kwargs)
     found = reason or plan.plan_of(layer, bare=True, names=names)
     reason = found if type(found) is str else refuse_input(x, found)
     _count(layer, reason)
     if reason:
         return plan.stock_linear(layer, x, *args, **kwargs)
-    owners = _owners(kwargs["adapter_names"], [name for name in names if name in layer.lora_A._modules])
+    owners = owners_of(kwargs["adapter_names"], [name for name in names if name in layer.lora_A._modules])
     return run(x, layer._modules["base_layer"](x), found.adapters, owners)
 
 
@@ -48,18 +48,14 @@ def _common(layer: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor | None:
     Few tokens go through W and the adapters in one pass, those of rows without an adapter too: rounded once, as any
     product is, but not the bits of the base layer's own. In a batch of more they are: it runs, the adapters behind it.
     """
-    if torch.compiler.is_compiling() or type(names) not in (list, tuple) or (found := decode.base_of(layer, x)) is None:
+    if torch.compiler.is_compiling() or (found := decode.base_of(layer, x)) is None:
         return None
-    b, K = x.shape[0], x.shape[-1]
-    if x.dim() < 2 or len(names) != b or not x.numel():
+    if (batch := batch_of(layer, x, names)) is None:
         return None
-    batch, has = _sorted(tuple(names)), layer._modules["lora_A"]._modules
-    if not has.keys() >= batch.known:
-        batch = _sorted(tuple(name if name in has else BASE for name in names))
+    b, K, size = x.shape[0], x.shape[-1], x.numel()
     W, bias, transposed = found
-    if not batch.names or (low := decode.adapters(layer, batch.names, W.dtype)) is None:
+    if (low := decode.adapters(layer, batch.names, W.dtype)) is None:
         return None
-    size = x.numel()
     rank = max(A.shape[0] for A in low[0]) if size > WIDE[1] * K else 0
     if size <= min(MOST, most(x.dtype, transposed, rank)) * K:
         y = kernel()(x, W, bias, *low, transposed, batch.order, batch.counts)
@@ -68,12 +64,26 @@ def _common(layer: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor | None:
         if not y.is_contiguous():
             y = y.contiguous()
         tokens = size // (b * K)
-        As, Bs, biases, scalings = low
-        rows = y.view(b, tokens, -1), x.reshape(b, tokens, K)
-        torch.ops.peft_fast.lora_mixed.default(*rows, As, Bs, biases, batch.order, batch.counts, scalings)
+        add(y.view(b, tokens, -1), x.reshape(b, tokens, K), low, batch.order, batch.counts)
     prepare.count_call()
     ledger.count(layer, None)
     return y
+
+
+def add(y: Tensor, x: Tensor, low: Sequence[list], order: list[int], counts: list[int]) -> None:
+    """y (b, T, N) += what x (b, T, K) gives with ``low`` of decode.adapters(): counts[i] rows of the i-th adapter."""
+    As, Bs, biases, scalings = low
+    torch.ops.peft_fast.lora_mixed.default(y, x, As, Bs, biases, order, counts, scalings)
+
+
+def batch_of(layer: nn.Module, x: Tensor, names: Sequence[str]) -> _Batch | None:
+    """The batch that ``names`` makes of x (b, ..., K) in a layer; None where it is none, or no adapter is in it."""
+    if type(names) not in (list, tuple) or x.dim() < 2 or len(names) != x.shape[0] or not x.numel():
+        return None
+    batch, has = _sorted(tuple(names)), layer._modules["lora_A"]._modules
+    if not has.keys() >= batch.known:
+        batch = _sorted(tuple(name if name in has else BASE for name in names))
+    return batch if batch.names else None
 
 
 class _Batch(NamedTuple):
@@ -98,7 +108,7 @@ def _sorted(names: tuple[str, ...]) -> _Batch:
 
 def embed(layer: nn.Module, ids: Tensor, args: tuple, kwargs: dict) -> Tensor:
     """ids (b, ...) -> y (b, ..., D) of a wanted lora.Embedding."""
-    names, reason = _names(layer, ids, args, kwargs)
+    names, reason = names_of(layer, ids, args, kwargs)
     found = reason or embedding.plan_of(layer, names)
     reason = found if type(found) is str else embedding.refuse_input(ids, found, few=False)
     _count(layer, reason)
@@ -107,7 +117,7 @@ def embed(layer: nn.Module, ids: Tensor, args: tuple, kwargs: dict) -> Tensor:
     W, adapters, padding_idx, scale = found
     if scale is not None:
         adapters = [a._replace(scaling=_scaled(a, scale)) for a in adapters]
-    owners = _owners(kwargs["adapter_names"], [name for name in names if name in layer.lora_embedding_A])
+    owners = owners_of(kwargs["adapter_names"], [name for name in names if name in layer.lora_embedding_A])
     return run(ids, layer._modules["base_layer"](ids), adapters, owners, padding_idx)
 
 
@@ -138,7 +148,7 @@ def refuse_input(x: Tensor, found) -> str:
     return ""
 
 
-def _names(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> tuple[list[str], str]:
+def names_of(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> tuple[list[str], str]:
     """The adapters that the batch names, and why the call is PEFT's whatever they are."""
     names = kwargs["adapter_names"]
     if reason := plan.refuse_call(args, {k: v for k, v in kwargs.items() if k != "adapter_names"}):
@@ -153,7 +163,7 @@ def _names(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> tuple[list
     return [name for name in names if name != BASE], ""
 
 
-def _owners(names: Sequence[str], adapters: list[str]) -> list[int]:
+def owners_of(names: Sequence[str], adapters: list[str]) -> list[int]:
     """The number of each row's adapter; -1 for the base, and for one that this layer does not have."""
     number = {name: i for i, name in enumerate(adapters)}
     return [number.get(name, -1) for name in names]

@@ -1,7 +1,8 @@
 """The guards before the forwards of PEFT's LoRA layers over quantized bases: bitsandbytes, torchao and HQQ.
 
 y = base(x) + s·drop(x)·Aᵀ·Bᵀ either as one product with the weight made dense for it (lora_quantized), where the base's
-library would do the same, or with the base called as it is and the adapters added (lora_add).
+library would do the same, or with the base called as it is and the adapters added (lora_add; few tokens without
+gradients and mixed batches in place, by lora_mixed).
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from peft_fast import dispatch, settings
-from peft_fast.ops import Adapter, lora_add, lora_quantized
+from peft_fast.ops import Adapter, lora_add, lora_quantized, prepare
 from peft_fast.ops.checks import FLOATS
 from peft_fast.ops.dropout import native_mask
-from peft_fast.patch import ledger, packed, plan, unpacking
+from peft_fast.ops.lora_decode import kernel
+from peft_fast.patch import decode, ledger, mixed, packed, plan, unpacking
 from peft_fast.patch.marks import wanted
+
+FEW = 127  # tokens up to which a library's own product may be the fastest
 
 # the library that makes the base, PEFT's module and class for it
 CLASSES = (
@@ -124,23 +129,33 @@ def forward(self, x, *args, **kwargs):
 
     The guard of lora.Linear calls it for what takes() finds.
     """
-    stock = stock_forward(self)
-    if not wanted(self):
-        return stock(self, x, *args, **kwargs)
-    if torch.compiler.is_compiling():
-        return stock(self, x, *args, **kwargs)
+    if not wanted(self) or torch.compiler.is_compiling():
+        return stock_forward(self)(self, x, *args, **kwargs)
+    if not args and not kwargs and (y := _few(self, x)) is not None:
+        return y
     found = plan.refuse_call(args, kwargs) or _unpacked(self, x) or plan_of(self)
     reason = found if type(found) is str else refuse_input(self, x, found)
     ledger.count(self, reason or None)
     if reason:
-        return stock(self, x, *args, **kwargs)
+        return stock_forward(self)(self, x, *args, **kwargs)
     if packed.settle(self.base_layer, x):
         found = plan_of(self)
     exact = settings.get().exact
-    if multiplies(self, x, found):
+    if multiplies(self, x, found) and not _called(self, x):
         y = lora_quantized(x, found.base.W, found.base.bias, found.adapters, exact=exact)
         return y.to(x.dtype) if found.base.widens else y
     return lora_add(self.base_layer(x), x, found.adapters, exact=exact)
+
+
+def _tokens(x: Tensor) -> int:
+    return x.shape[:-1].numel()
+
+
+def _called(layer: nn.Module, x: Tensor) -> bool:
+    """Is the base's own call faster than our product with the same weight?"""
+    if layer.training or torch.is_grad_enabled() or not x.is_cpu or (tokens := _tokens(x)) > FEW:
+        return False
+    return packed.calls(layer._modules["base_layer"], tokens, x.dtype)
 
 
 def _unpacked(layer: nn.Module, x: Tensor) -> str:
@@ -148,8 +163,53 @@ def _unpacked(layer: nn.Module, x: Tensor) -> str:
     return unpacking.ready(layer._modules["base_layer"], x) if isinstance(x, Tensor) else ""
 
 
-def plan_of(layer: nn.Module) -> Plan | str:
-    """A PEFT layer over a quantized base -> how to run it, or why PEFT keeps it."""
+def _few(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """Few tokens in evaluation without gradients, where the base is called; None: the call goes the long way."""
+    if layer.training or torch.is_grad_enabled() or type(x) is not Tensor or not x.dim():
+        return None
+    if not 0 < (tokens := _tokens(x)) <= FEW:
+        return None
+    if not packed.calls(layer._modules["base_layer"], tokens, x.dtype):
+        return None
+    names = layer._active_adapter
+    if (low := _adapters(layer, x, (names,) if type(names) is str else names)) is None:
+        return None
+    if (y := _result(layer, x)) is None:
+        return None
+    rows = y.view(1, tokens, -1), x.reshape(1, tokens, -1)
+    if len(low[0]) == 1:
+        mixed.add(*rows, low, [0], [1])
+    else:  # one after the other, as they add to the same rows
+        for each in zip(*low, strict=True):
+            mixed.add(*rows, [[part] for part in each], [0], [1])
+    prepare.count_call()
+    ledger.count(layer, None)
+    return y
+
+
+def _adapters(layer: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[list, list, list, list] | None:
+    """As decode.adapters() of a layer whose base gives a result that nothing else has, and can be added to."""
+    if x.dtype not in decode.DTYPES or not x.is_cpu or x.layout is not torch.strided or x.is_nested:
+        return None
+    if layer._disable_adapters or layer.merged_adapters or torch.is_autocast_enabled("cpu"):
+        return None
+    if plan.hooked(layer._modules["base_layer"]) or plan.hooks_everywhere() or plan.refuse_call((), {}):
+        return None
+    if kernel() is None or settings.get().exact:
+        return None
+    low = decode.adapters(layer, names, x.dtype)
+    fits = low is not None and low[0] and all(A.shape[1] == x.shape[-1] and A.shape[0] <= plan.MAX_RANK for A in low[0])
+    return low if fits else None
+
+
+def _result(layer, x):
+    y = layer._modules["base_layer"](x)
+    fits = type(y) is Tensor and y.dtype in decode.DTYPES and y.dim() == x.dim() and y.is_contiguous()
+    return y if fits else None
+
+
+def plan_of(layer: nn.Module, names: Sequence[str] | None = None) -> Plan | str:
+    """A PEFT layer over a quantized base -> how to run it, with the adapters ``names``, or why PEFT keeps it."""
     if type(layer) not in _stock and not takes(layer):
         return f"{type(layer).__name__} is not PEFT's own layer for a quantized base"
     if reason := plan.out_of_use(layer):
@@ -160,27 +220,34 @@ def plan_of(layer: nn.Module) -> Plan | str:
     device = packed.device_of(inner)
     if device is None or device.type not in plan.DEVICES:
         return f"the base weight is on {device.type if device else 'no device'}"
-    adapters = plan.adapters_of(layer, device)
+    adapters = plan.adapters_of(layer, device, names)
     if type(adapters) is str:
         return adapters
-    if not adapters:
+    if not adapters and names is None:
         return "no active adapter in this layer"
     return Plan(packed.base_of(inner), adapters, device)
 
 
 def refuse_input(layer: nn.Module, x: Tensor, found: Plan) -> str:
     """Why this input of a plannable layer is PEFT's: PEFT would raise, or mix dtypes in its own way."""
-    if not plan.plain(x) or x.is_nested or x.dim() == 0:
-        return "the input is not a plain dense tensor"
-    if x.device != found.device:
-        return "input and base weight are on different devices"
-    if x.shape[-1] != found.adapters[0].A.shape[1]:
-        return "the input's last dimension does not fit the base weight"
-    if x.device.type == "cpu" and x.shape[:-1].numel() < settings.get().min_tokens:
+    if reason := _refuse_shape(x, found):
+        return reason
+    # a checkpoint's forward has no gradients, its recomputation has, and goes the same way
+    if x.is_cpu and (layer.training or torch.is_grad_enabled()) and _tokens(x) < settings.get().min_tokens:
         return "few tokens (PEFT_FAST_MIN_TOKENS): reading the weight is all the time there is"
     if any(a.p > 0 for a in found.adapters) and not native_mask(x.device):
         return "dropout, and no compiled kernel to draw its mask on this device"
     return refuse_dtypes(layer, x.dtype, found)
+
+
+def _refuse_shape(x: Tensor, found: Plan) -> str:
+    if not plan.plain(x) or x.is_nested or x.dim() == 0:
+        return "the input is not a plain dense tensor"
+    if x.device != found.device:
+        return "input and base weight are on different devices"
+    if found.adapters and x.shape[-1] != found.adapters[0].A.shape[1]:
+        return "the input's last dimension does not fit the base weight"
+    return ""
 
 
 def refuse_dtypes(layer: nn.Module, given: torch.dtype, found: Plan) -> str:

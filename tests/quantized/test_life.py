@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig
 
 import peft_fast
-from peft_fast import settings
 from peft_fast.patch import quantized
 from tests.patch.toys import assert_same, both, stock
 from tests.quantized import models
@@ -115,14 +114,6 @@ def test_nothing_dense_is_saved(quantize, options, kind, product):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         layer(x)
     assert sum(saved.values()) == x.nbytes + 16 * 4 * 4 + 8  # x, H, one seed
-
-
-def test_few_tokens_are_pefts():
-    model = model_of(models.four_bits, {})
-    with settings.override(min_tokens=11):
-        expected, got, fast, handed_back = both(model, inputs())
-        assert fast == 0 and next(iter(handed_back)).startswith("few tokens")
-        assert_same(expected, got)
 
 
 def test_restore_disable_and_enable():

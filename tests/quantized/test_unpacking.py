@@ -10,11 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 import peft_fast
 from peft_fast import settings
-from peft_fast.patch import unpacking
+from peft_fast.patch import quantized, unpacking
 from tests.patch.toys import assert_same, stock
 from tests.patch.toys import step as one_step
 from tests.quantized import models
-from tests.quantized.models import K, inputs, ready, toy
+from tests.quantized.models import K, inputs, layers, ready, toy
 
 KINDS = [(kind, nested) for kind in ("nf4", "fp4") for nested in (True, False)]
 kinds = pytest.mark.parametrize(("kind", "nested"), KINDS, ids=str)
@@ -184,3 +184,11 @@ def test_other_models_stay_bitsandbytes():
     assert bnb.nn.Linear4bit.forward is unpacking.forward
     peft_fast.disable()
     assert bnb.nn.Linear4bit.forward is not unpacking.forward
+
+
+def test_many_tokens_do_not_pack():
+    model = model_of(dtype=torch.bfloat16).eval()
+    with settings.override(min_tokens=128), torch.no_grad():
+        model(inputs(40, K, dtype=torch.bfloat16).detach())
+    assert not any(unpacking.packed(base) for base in bases(model))
+    assert all(quantized.plan_of(layer).base.W is not None for layer in layers(model))
