@@ -31,6 +31,8 @@ def forward(self, x, *args, **kwargs):
     if not wanted(self):
         return plan.stock_linear(self, x, *args, **kwargs)
     if kwargs and mixed.given(kwargs):
+        if not compiling and quantized.takes(self):
+            return quantized.forward(self, x, *args, **kwargs)
         return mixed.linear(self, x, args, kwargs)
     # compiled code sees all layers at once: it needs nobody to remember what one of them computed for another
     grouped = not compiling and settings.get().groups

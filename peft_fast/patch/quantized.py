@@ -21,6 +21,7 @@ from peft_fast.ops import Adapter, lora_add, lora_quantized, prepare
 from peft_fast.ops.checks import FLOATS
 from peft_fast.ops.dropout import native_mask
 from peft_fast.ops.lora_decode import kernel
+from peft_fast.ops.lora_mixed import run
 from peft_fast.patch import decode, ledger, mixed, packed, plan, unpacking
 from peft_fast.patch.marks import wanted
 
@@ -131,6 +132,8 @@ def forward(self, x, *args, **kwargs):
     """
     if not wanted(self) or torch.compiler.is_compiling():
         return stock_forward(self)(self, x, *args, **kwargs)
+    if kwargs and mixed.given(kwargs):
+        return _mixed(self, x, args, kwargs)
     if not args and not kwargs and (y := _few(self, x)) is not None:
         return y
     found = plan.refuse_call(args, kwargs) or _unpacked(self, x) or plan_of(self)
@@ -163,6 +166,20 @@ def _unpacked(layer: nn.Module, x: Tensor) -> str:
     return unpacking.ready(layer._modules["base_layer"], x) if isinstance(x, Tensor) else ""
 
 
+def _mixed(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    """x (b, ..., K) -> y (b, ..., N) of a batch whose rows have adapters of their own."""
+    if not args and len(kwargs) == 1 and (y := _each(layer, x, kwargs["adapter_names"])) is not None:
+        return y
+    names, reason = mixed.names_of(layer, x, args, kwargs)
+    found = reason or _unpacked(layer, x) or plan_of(layer, names)
+    reason = found if type(found) is str else _refuse_mixed(layer, x, found)
+    ledger.count(layer, reason or None)
+    if reason:
+        return stock_forward(layer)(layer, x, *args, **kwargs)
+    owners = mixed.owners_of(kwargs["adapter_names"], [name for name in names if name in layer.lora_A._modules])
+    return run(x, layer.base_layer(x), found.adapters, owners)
+
+
 def _few(layer: nn.Module, x: Tensor) -> Tensor | None:
     """Few tokens in evaluation without gradients, where the base is called; None: the call goes the long way."""
     if layer.training or torch.is_grad_enabled() or type(x) is not Tensor or not x.dim():
@@ -182,6 +199,19 @@ def _few(layer: nn.Module, x: Tensor) -> Tensor | None:
     else:  # one after the other, as they add to the same rows
         for each in zip(*low, strict=True):
             mixed.add(*rows, [[part] for part in each], [0], [1])
+    prepare.count_call()
+    ledger.count(layer, None)
+    return y
+
+
+def _each(layer: nn.Module, x: Tensor, given: Sequence[str]) -> Tensor | None:
+    """The same of a mixed batch of any size."""
+    if torch.is_grad_enabled() or type(x) is not Tensor or (batch := mixed.batch_of(layer, x, given)) is None:
+        return None
+    if (low := _adapters(layer, x, batch.names)) is None or (y := _result(layer, x)) is None:
+        return None
+    b = x.shape[0]
+    mixed.add(y.view(b, -1, y.shape[-1]), x.reshape(b, -1, x.shape[-1]), low, batch.order, batch.counts)
     prepare.count_call()
     ledger.count(layer, None)
     return y
@@ -238,6 +268,15 @@ def refuse_input(layer: nn.Module, x: Tensor, found: Plan) -> str:
     if any(a.p > 0 for a in found.adapters) and not native_mask(x.device):
         return "dropout, and no compiled kernel to draw its mask on this device"
     return refuse_dtypes(layer, x.dtype, found)
+
+
+def _refuse_mixed(layer: nn.Module, x: Tensor, found: Plan) -> str:
+    """The same of a mixed batch."""
+    if reason := _refuse_shape(x, found):
+        return reason
+    if any(a.p > 0 for a in found.adapters):
+        return "dropout in a mixed batch"
+    return refuse_dtypes(layer, x.dtype, found) if found.adapters else ""
 
 
 def _refuse_shape(x: Tensor, found: Plan) -> str:

@@ -64,17 +64,6 @@ def test_variants_are_pefts(quantize):
 
 
 @bases(SOME)
-def test_mixed_batches_are_pefts(quantize, options, kind, product):
-    model = model_of(quantize, options).eval()
-    x, names = inputs(2, 5, K), ["default", "__base__"]
-    with torch.no_grad():
-        with stock():
-            expected = copy.deepcopy(model)(x, adapter_names=names)
-        assert torch.equal(model(x, adapter_names=names), expected)
-    assert any("adapter_names" in reason for reason in peft_fast.report(model).handed_back)
-
-
-@bases(SOME)
 def test_saved_adapters_are_byte_equal(quantize, options, kind, product, tmp_path):
     model = model_of(quantize, options)
     model(inputs()).sum().backward()
