@@ -43,15 +43,26 @@ def uninstall() -> None:
 
 def forward(self, x, *args, **kwargs):
     """The forward that accelerate() puts on Linear4bit: also layers without an adapter pass gradients on."""
-    asked = MARK in self.__dict__ or state.everywhere
-    if asked and not state.off and not torch.compiler.is_compiling() and isinstance(x, Tensor):
-        ready(self, x)
     stock = _stock.get(type(self)) or next(_stock[kind] for kind in type(self).__mro__ if kind in _stock)
-    return stock(self, x, *args, **kwargs)
+    asked = MARK in self.__dict__ or state.everywhere
+    if not asked or state.off or torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return stock(self, x, *args, **kwargs)
+    ready(self, x)
+    if self.training or packed(self) or not getattr(self, "support_avx512bf16_for_cpu", False):
+        return stock(self, x, *args, **kwargs)
+    if (found := getattr(self._parameters.get("weight"), "quant_state", None)) is None:
+        return stock(self, x, *args, **kwargs)
+    values = found.__dict__
+    values[KEPT] = {name: values[name] for name in SCALES if name in values}
+    try:
+        return stock(self, x, *args, **kwargs)
+    finally:
+        if not values.get("packing_format_for_cpu"):
+            values.pop(KEPT, None)
 
 
 def ready(base: nn.Module, x: Tensor) -> str:
-    """Has Linear4bit differentiate its call with x, or remember what that call may pack; why it cannot, if so."""
+    """Has Linear4bit differentiate its call with x if that needs a gradient; why it cannot, if so."""
     W = base._parameters.get("weight")
     found = getattr(W, "quant_state", None)
     if found is None:
@@ -61,8 +72,6 @@ def ready(base: nn.Module, x: Tensor) -> str:
         return unpack(W) if (base.training or graph) and not state.paused else ""
     if KEPT in values:  # bitsandbytes unpacked it, for a state dict
         _put_back(W)
-    if x.is_cpu and not base.training and not x.requires_grad and getattr(base, "support_avx512bf16_for_cpu", False):
-        values[KEPT] = {name: values[name] for name in SCALES if name in values}
     return ""
 
 

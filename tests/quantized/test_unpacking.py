@@ -192,3 +192,23 @@ def test_many_tokens_do_not_pack():
         model(inputs(40, K, dtype=torch.bfloat16).detach())
     assert not any(unpacking.packed(base) for base in bases(model))
     assert all(quantized.plan_of(layer).base.W is not None for layer in layers(model))
+
+
+def test_scales_are_kept_beside_packed_ones_alone():
+    """What somebody makes of a weight that is as it was stays so."""
+    model = model_of(nested=False)
+    with torch.no_grad():
+        model.eval()(inputs(200, K).detach())
+    base = bases(model)[0]
+    with torch.no_grad():
+        base(inputs(1, K))  # bitsandbytes packs for no x that could want a gradient
+    values = base.weight.quant_state.__dict__
+    assert not unpacking.packed(base) and unpacking.KEPT not in values
+    generate(model)
+    assert (unpacking.KEPT in values) is unpacking.packed(base)
+    step(model)
+    assert unpacking.KEPT not in values
+    values["absmax"] = 2 * values["absmax"]
+    doubled = values["absmax"].clone()
+    step(generate(model))
+    assert torch.equal(values["absmax"], doubled)
