@@ -39,7 +39,8 @@ class Report:
             lines.append(f"peft_fast: {len(self.fast)} of {layers} LoRA layers are fast")
         if self.groups or self.blocks:
             lines.append(f"  {len(self.groups)} groups of layers with one input, {len(self.blocks)} MLP blocks")
-        lines += _grouped("over a quantized base", self.quantized)
+        # compiled code counts no calls, so that nothing else would tell
+        lines += _grouped("over a quantized base (PEFT's own under torch.compile)", self.quantized)
         lines += _grouped("layer by layer", self.not_blocks)
         lines += _grouped("with PEFT", self.slow) + _grouped("by torch's own GEMMs", self.plain)
         lines += [f"  {failure}" for failure in self.failures]

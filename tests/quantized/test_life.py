@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 
 import peft_fast
-from peft_fast.patch import quantized
+from peft_fast.patch import ledger, quantized
 from tests.patch.toys import assert_same, both, stock
 from tests.quantized import models
 from tests.quantized.models import BASES, SOME, K, assert_fast, bases, inputs, layers, model_of, ready, toy
@@ -138,5 +138,9 @@ def test_compiled(backend):
     with stock():
         expected = model(inputs())
     torch._dynamo.reset()
+    ledger.forget(model.modules())
     got = torch.compile(model, backend=backend)(inputs())
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    report = peft_fast.report(model)
+    assert not report.fast_calls and not report.handed_back
+    assert "2 over a quantized base (PEFT's own under torch.compile): bitsandbytes nf4" in str(report)
