@@ -101,13 +101,15 @@ def run(layer: nn.Module, x: Tensor, found: Plan) -> Tensor:
     if reason:
         return plan.stock_linear(layer, x)
     W, bias, (adapter,), transposed = found.linear
-    norm, backend = _cached(found.magnitude, W, adapter, transposed, None), None
-    if norms.pays(layer, W, adapter):
-        if norms.few(layer, x, W, adapter, found.m, transposed) and not fresh(adapter.B):
-            if norm is not None:
-                return dora_decode(x, W, bias, adapter, found.m, norm, transposed=transposed)
-            return norms.decode(layer, x, W, bias, adapter, found.m, transposed)
-        norm = norms.of(layer, W, adapter, transposed) if norm is None else norm
+    norm, backend, kept = None, None, norms.pays(layer, W, adapter)
+    if not kept or found.magnitude._dora_cache:  # PEFT's own cache is needed only where ours is not, or full by now
+        norm = _cached(found.magnitude, W, adapter, transposed, None)
+    if kept and norms.few(layer, x, W, adapter, found.m, transposed) and not fresh(adapter.B):
+        if norm is not None:
+            return dora_decode(x, W, bias, adapter, found.m, norm, transposed=transposed)
+        return norms.decode(layer, x, W, bias, adapter, found.m, transposed)
+    if kept and norm is None:
+        norm = norms.of(layer, W, adapter, transposed)
     if _as_the_base_alone(x, adapter):
         backend, norm = "torch", dora_norm(W, adapter, transposed=transposed) if norm is None else norm
     options = {"transposed": transposed, "exact": settings.get().exact, "backend": backend}
