@@ -186,8 +186,9 @@ struct Seen {
   uint64_t calls = 0;  // of decode() that it answered
   // the norm of W + s·B·A, with what the probe gave beside so many tokens when that was its norm
   struct Norm {
-    Py_ssize_t tokens;
-    py::object norm, probe, check;  // vectors in float32 that nobody else has
+    Py_ssize_t tokens = 0, N = 0, K = 0;
+    py::object norm, probe, check;  // vectors in float32 that nobody else writes, and where they are
+    const float *norm_at = nullptr, *probe_at = nullptr, *check_at = nullptr;
   };
   std::vector<Norm> norms;
 
@@ -295,18 +296,6 @@ inline py::object common(const py::object& self, const py::object& x, const py::
   return py::make_tuple(call.W, bias, lists.all(), call.tokens, call.rank, call.m ? call.m : py::object(py::none()));
 }
 
-// the norm of a DoRA layer's weight, for decode() with so many tokens as long as the probe gives `check` beside them
-inline void keep(const py::object& self, Py_ssize_t tokens, const py::object& norm, const py::object& probe,
-                 const py::object& check) {
-  Seen* const seen = Seen::of(self.ptr());
-  if (!seen) return;
-  // to give a tensor up may let another thread run: what it meets is whole
-  std::vector<Seen::Norm> norms{{tokens, norm, probe, check}};
-  for (const Seen::Norm& of : seen->norms)
-    if (of.tokens != tokens) norms.push_back(of);
-  seen->norms.swap(norms);
-}
-
 // calls that decode() answered, of the process
 inline uint64_t& calls() {
   static uint64_t n = 0;
@@ -332,6 +321,21 @@ inline bool vector(const py::object& of, Py_ssize_t N) {
   const py::object shape = adapters::property(of, adapters::Tensors::all().shape);
   return PyTuple_Check(shape.ptr()) && PyTuple_GET_SIZE(shape.ptr()) == 1 &&
          PyLong_AsSsize_t(PyTuple_GET_ITEM(shape.ptr(), 0)) == N && plain(of);
+}
+
+// the norm of a DoRA layer's weight (N,), for decode() with so many tokens as long as the probe (K,) gives `check` (N,)
+// beside them; all in float32, side by side
+inline void keep(const py::object& self, Py_ssize_t tokens, const py::object& norm, const py::object& probe,
+                 const py::object& check) {
+  Seen* const seen = Seen::of(self.ptr());
+  const Py_ssize_t N = py::len(norm), K = py::len(probe);
+  if (!seen || !vector(norm, N) || !vector(probe, K) || !vector(check, N)) return;
+  // to give a tensor up may let another thread run: what it meets is whole
+  std::vector<Seen::Norm> norms{{tokens, N, K, norm, probe, check, (const float*)values(norm),
+                                 (const float*)values(probe), (const float*)values(check)}};
+  for (const Seen::Norm& of : seen->norms)
+    if (of.tokens != tokens) norms.push_back(of);
+  seen->norms.swap(norms);
 }
 
 // a layer and x (..., K) -> y (..., N) by lora_decode's arithmetic, without its way through torch's dispatcher, which
@@ -363,7 +367,7 @@ inline py::object decode(const py::object& self, const py::object& x, const py::
   if (call.m) {
     for (const Seen::Norm& of : call.seen->norms)
       if (of.tokens == call.tokens) norm = of;
-    if (!norm.check || !vector(call.m, N) || !vector(norm.check, N) || !vector(norm.probe, call.K)) return py::none();
+    if (!norm.check || norm.N != N || norm.K != call.K || !vector(call.m, N)) return py::none();
   }
   py::tuple shape(PyTuple_GET_SIZE(call.shape.ptr()));
   for (size_t i = 0; i + 1 < shape.size(); ++i)
@@ -390,11 +394,10 @@ inline py::object decode(const py::object& self, const py::object& x, const py::
   few.bias = line(call.bias, call.bf16), few.y = values(y);
   few.lows = lows.data(), few.n_lows = int64_t(lows.size());
   if (!few.x.data || !few.w || !few.y) return py::none();
-  std::vector<float> check;
+  std::unique_ptr<float[]> check;
   if (call.m) {
-    check.resize(N);
-    few.norm = (const float*)values(norm.norm), few.m = line(call.m, call.m_bf16);
-    few.probe = (const float*)values(norm.probe), few.check = check.data();
+    check.reset(new float[N]);
+    few.norm = norm.norm_at, few.m = line(call.m, call.m_bf16), few.probe = norm.probe_at, few.check = check.get();
   }
   const auto run = (decltype(&peft_fast_few_tokens))PyLong_AsVoidPtr(around.few_tokens);
   int ran = 0;
@@ -403,7 +406,7 @@ inline py::object decode(const py::object& self, const py::object& x, const py::
     ran = run(&few, sizeof few);
   }
   if (!ran) return py::none();
-  if (call.m && std::memcmp(check.data(), values(norm.check), N * sizeof(float))) return py::none();
+  if (call.m && std::memcmp(check.get(), norm.check_at, N * sizeof(float))) return py::none();
   ++call.seen->calls, ++calls();
   return y;
 }
