@@ -116,9 +116,9 @@ def providers(name: str, dtype: torch.dtype, new: int, tiny: bool, device: str =
         _provider("peft_fast", ours, ids, new, partial(verdicts, ours, stock, ids, new)),
     ]
     if with_dora:
-        # the models of the rows above, which clear what is kept: it is made anew once a generation
         gate = partial(verdicts, ours, stock, ids, new, dora.cached)
-        rows.append(_provider("stock cached", stock, ids, new, around=dora.cached))
+        # a model of its own: the others' calls clear what PEFT keeps
+        rows.append(_provider("stock cached", copy.deepcopy(stock), ids, new, around=dora.cached))
         rows.append(_provider("peft_fast cached", ours, ids, new, gate, dora.cached))
     if dtype != torch.float32:
         same = accelerated(adapted(net, fp32=False, with_dora=with_dora))

@@ -212,7 +212,7 @@ def of_token(kind: str, k: int, n: int, name: str, options: Options) -> list[Pro
     return [
         inference("frozen", frozen, x, _kept(frozen)),
         inference("stock", stock, x, _kept(stock)),
-        inference("peft_fast", ours, x, _kept(ours), partial(judged, ours, False)),
+        inference("peft_fast", ours, x, _kept(ours), partial(judged, ours, True)),
         inference(FORCED, always, x, _kept(forced), partial(judged, always, True)),
     ]
 

@@ -31,8 +31,8 @@ struct Words : adapters::Words {
                                word("_global_backward_hooks"), word("_global_backward_pre_hooks")};
 };
 
-// of what Around names and in which order: another number for each other list
-constexpr int LIST = 3;
+// of what Around names and in which order, and what keep() takes: another number for each other list
+constexpr int LIST = 4;
 
 // classes, dtypes and what tells of the modes that a call can be in, in the order that the caller names them
 struct Around {
@@ -187,6 +187,7 @@ struct Seen {
   // the norm of W + s·B·A, with what the probe gave beside so many tokens when that was its norm
   struct Norm {
     Py_ssize_t tokens = 0, N = 0, K = 0;
+    bool low_bf16 = false;          // of adapters whose dtype it was rounded to
     py::object norm, probe, check;  // vectors in float32 that nobody else writes, and where they are
     const float *norm_at = nullptr, *probe_at = nullptr, *check_at = nullptr;
   };
@@ -325,13 +326,13 @@ inline bool vector(const py::object& of, Py_ssize_t N) {
 
 // the norm of a DoRA layer's weight (N,), for decode() with so many tokens as long as the probe (K,) gives `check` (N,)
 // beside them; all in float32, side by side
-inline void keep(const py::object& self, Py_ssize_t tokens, const py::object& norm, const py::object& probe,
-                 const py::object& check) {
+inline void keep(const py::object& self, Py_ssize_t tokens, bool low_bf16, const py::object& norm,
+                 const py::object& probe, const py::object& check) {
   Seen* const seen = Seen::of(self.ptr());
   const Py_ssize_t N = py::len(norm), K = py::len(probe);
   if (!seen || !vector(norm, N) || !vector(probe, K) || !vector(check, N)) return;
   // to give a tensor up may let another thread run: what it meets is whole
-  std::vector<Seen::Norm> norms{{tokens, N, K, norm, probe, check, (const float*)values(norm),
+  std::vector<Seen::Norm> norms{{tokens, N, K, low_bf16, norm, probe, check, (const float*)values(norm),
                                  (const float*)values(probe), (const float*)values(check)}};
   for (const Seen::Norm& of : seen->norms)
     if (of.tokens != tokens) norms.push_back(of);
@@ -367,7 +368,7 @@ inline py::object decode(const py::object& self, const py::object& x, const py::
   if (call.m) {
     for (const Seen::Norm& of : call.seen->norms)
       if (of.tokens == call.tokens) norm = of;
-    if (!norm.check || norm.N != N || norm.K != call.K || !vector(call.m, N)) return py::none();
+    if (!norm.check || norm.N != N || norm.K != call.K || norm.low_bf16 != call.low_bf16 || !vector(call.m, N)) return py::none();
   }
   py::tuple shape(PyTuple_GET_SIZE(call.shape.ptr()));
   for (size_t i = 0; i + 1 < shape.size(); ++i)

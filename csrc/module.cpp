@@ -81,7 +81,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("adapters", &peft_fast::adapters::common, "What a layer's adapters are, in the common case; else None.");
   m.def("layer", &peft_fast::layer::common, "What a layer is and is called with, in the common case; else None.");
   m.def("keep", &peft_fast::layer::keep, "The norm of a DoRA layer's weight, while the probe gives `check`.",
-        py::arg("layer"), py::arg("tokens"), py::arg("norm"), py::arg("probe"), py::arg("check"));
+        py::arg("layer"), py::arg("tokens"), py::arg("low_bf16"), py::arg("norm"), py::arg("probe"), py::arg("check"));
   m.attr("LIST") = peft_fast::layer::LIST;
   m.def("calls", &calls, "How many calls decode has answered: of a layer by its id, or all; then 0, if forgotten.",
         py::arg("id") = 0, py::arg("forget") = false);

@@ -15,7 +15,7 @@ import torch
 from peft_fast import settings
 
 LIBRARY = Path(__file__).with_name("libpeft_fast.so")
-LIST = 3  # what patch/decode.py gives csrc/layer.h, which has the same number
+LIST = 4  # what patch/decode.py gives csrc/layer.h, which has the same number
 _reason = "not loaded yet"
 _few_tokens: int | None = None
 
@@ -126,9 +126,10 @@ def decoded(of: object = None, forget: bool = False) -> int:
     return _module().calls(0 if of is None else id(of), forget) if decode() is not None else 0
 
 
-def keep(of: object, tokens: int, norm: torch.Tensor, probe: torch.Tensor, check: torch.Tensor) -> None:
+def keep(of: object, tokens: int, low_bf16: bool, norm: torch.Tensor, probe: torch.Tensor, check: torch.Tensor) -> None:
     """Gives decode() the norm of a DoRA layer's weight, for as many tokens and as long as the probe gives check."""
-    _module().keep(of, tokens, norm, probe, check)
+    if decode() is not None:
+        _module().keep(of, tokens, low_bf16, norm, probe, check)
 
 
 def few_tokens() -> int | None:

@@ -60,9 +60,18 @@ def probe(K: int) -> Tensor:
     an element of W by so little that the float32 sum of its row keeps its bits changes the row's norm by less than
     that is rounded. Changes of several elements that cancel in it take a search for them.
     """
-    of = torch.Generator().manual_seed(K)
-    size = torch.randint(64, 128, (K,), generator=of, dtype=torch.float32) / 64
-    return size * (torch.randint(0, 2, (K,), generator=of) * 2 - 1)
+    with torch.inference_mode(False):
+        of = torch.Generator("cpu").manual_seed(K)
+        size = torch.randint(64, 128, (K,), generator=of, dtype=torch.float32, device="cpu") / 64
+        return size * (torch.randint(0, 2, (K,), generator=of, dtype=torch.float32, device="cpu") * 2 - 1)
+
+
+def alone(W: Tensor, A: Tensor, B: Tensor, scaling: float, transposed: bool) -> Tensor:
+    """What the probe gives by itself, (N,) in float32: by the same kernel, whatever W and the adapter are."""
+    N, K = B.shape[0], A.shape[1]
+    none, m = torch.empty(0, K, device="cpu"), torch.ones(N, device="cpu")
+    run = torch.ops.peft_fast.dora_decode.default
+    return run(none, W, None, A, B, scaling, m, m, probe(K), transposed)[1]
 
 
 def probed(
@@ -72,9 +81,12 @@ def probed(
     return backends["cpu"].forward(x, W, bias, adapter, m, norm, probe(x.shape[-1]), transposed)
 
 
-def keep(layer: object, tokens: int, norm: Tensor, check: Tensor, K: int) -> None:
-    """From now on the compiled call of a layer (csrc/layer.h) has its norm, until the probe does not give ``check``."""
-    native.keep(layer, tokens, norm, probe(K), check)
+def keep(layer: object, tokens: int, low: torch.dtype, norm: Tensor, check: Tensor, K: int) -> None:
+    """From now on the compiled call of a layer (csrc/layer.h) has its norm, until the probe does not give ``check``.
+
+    ``low`` is the dtype of its adapter.
+    """
+    native.keep(layer, tokens, low is torch.bfloat16, norm, probe(K), check)
 
 
 def fresh(B: Tensor) -> bool:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_fast.ops import Adapter, dora_norm, prepare
-from peft_fast.ops.dora_decode import keep, probe, probed
-from peft_fast.ops.lora_decode import MOST, kernel, most
+from peft_fast.ops.dora_decode import alone, keep, probed
+from peft_fast.ops.lora_decode import MOST, TURNED, kernel, most
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -25,7 +25,7 @@ class Kept(NamedTuple):
     tokens: int
     norm: Tensor  # (N,)
     check: Tensor  # (N,): what the probe gave
-    dtype: torch.dtype | None  # as dora_norm takes it
+    rounds: tuple  # what the norm is rounded to: what dora_norm was asked for, and the adapter's dtype
 
 
 _alone: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
@@ -36,6 +36,9 @@ def pays(layer: nn.Module, W: Tensor, adapter: Adapter) -> bool:
     """Is a norm to be kept? Where a layer trains, the next call has another one."""
     if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or kernel() is None:
         return False
+    # what is traced has no bits to compare
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
     A, B, scaling = adapter.A, adapter.B, adapter.scaling
     fits = W.is_cpu and W.dtype in DTYPES and A.dtype is B.dtype and A.dtype in DTYPES
     return fits and not isinstance(scaling, Tensor) and W.numel() > 0
@@ -43,12 +46,11 @@ def pays(layer: nn.Module, W: Tensor, adapter: Adapter) -> bool:
 
 def of(layer: nn.Module, W: Tensor, adapter: Adapter, transposed: bool, dtype: torch.dtype | None = None) -> Tensor:
     """dora_norm's (N,), for a layer where it pays."""
-    given = probe(W.shape[0 if transposed else 1]).unsqueeze(0)
-    low = [adapter.A], [adapter.B], [None], [float(adapter.scaling)]
-    check = kernel()(given, W, None, *low, transposed).squeeze(0)
+    check, rounds = _alone_of(W, adapter, transposed), (dtype, adapter.A.dtype)
     kept = _alone.get(layer)
-    if kept is None or kept.dtype is not dtype or not _same(kept.check, check):
-        kept = _alone[layer] = Kept(0, dora_norm(W, adapter, transposed=transposed, dtype=dtype), check, dtype)
+    if kept is None or kept.rounds != rounds or not _same(kept.check, check):
+        # after the check: whoever writes meanwhile has it fail the next time
+        kept = _alone[layer] = Kept(0, dora_norm(W, adapter, transposed=transposed, dtype=dtype), check, rounds)
     return kept.norm
 
 
@@ -66,17 +68,25 @@ def decode(
 ) -> Tensor:
     """x (..., K) of few tokens -> y (..., N); csrc/layer.h answers the next such call of a common layer."""
     prepare.count_call()
-    tokens, kept = x.shape[:-1].numel(), _beside.get(layer)
-    if kept is not None and kept.tokens == tokens:
+    tokens, kept, rounds = x.shape[:-1].numel(), _beside.get(layer), (None, adapter.A.dtype)
+    if kept is not None and kept.tokens == tokens and kept.rounds == rounds:
         y, check = probed(x, W, bias, adapter, m, kept.norm, transposed)
         if _same(kept.check, check):
             return y
     norm = of(layer, W, adapter, transposed)
     y, check = probed(x, W, bias, adapter, m, norm, transposed)
-    _beside[layer] = Kept(tokens, norm, check, None)
-    if not transposed:
-        keep(layer, tokens, norm, check, x.shape[-1])
+    # was it this norm's weight all along, from before the norm to after the check? Other threads may have written
+    before = _alone.get(layer)
+    if before is None or before.norm is not norm or not _same(before.check, _alone_of(W, adapter, transposed)):
+        return y
+    _beside[layer] = Kept(tokens, norm, check, rounds)
+    if not transposed and tokens <= TURNED:
+        keep(layer, tokens, adapter.A.dtype, norm, check, x.shape[-1])
     return y
+
+
+def _alone_of(W: Tensor, adapter: Adapter, transposed: bool) -> Tensor:
+    return alone(W, adapter.A, adapter.B, float(adapter.scaling), transposed)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

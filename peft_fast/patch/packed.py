@@ -204,6 +204,12 @@ def settle(base: nn.Module, x: Tensor) -> bool:
     return changed
 
 
+def plain(base: nn.Module) -> bool:
+    """Is it one of the libraries' own classes, whose result nobody else has?"""
+    kind = type(base)
+    return kind is nn.Linear or kind in _kinds() or kind is getattr(sys.modules.get(HQQ), "HQQLinear", None)
+
+
 def calls(base: nn.Module, tokens: int, dtype: torch.dtype) -> bool:
     """Is the library's own call the fastest for few tokens in evaluation on the CPU? As measured on 1024 x 2816."""
     W = base._parameters.get("weight")
@@ -275,7 +281,8 @@ def _planes(base):
     return Planes(values.detach().view(torch.uint8).view(-1, group), scale, zero, (N, K), dtype, base.dequantize)
 
 
-_READERS = {"bitsandbytes": _bitsandbytes, "hqq.core.quantize": _hqq, "torchao": _torchao}
+HQQ = "hqq.core.quantize"
+_READERS = {"bitsandbytes": _bitsandbytes, HQQ: _hqq, "torchao": _torchao}
 
 # what was tried once: layers of one key multiply alike
 _trusted: dict[tuple, bool] = {}

@@ -221,6 +221,8 @@ def _adapters(layer: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[list, 
     """As decode.adapters() of a layer whose base gives a result that nothing else has, and can be added to."""
     if x.dtype not in decode.DTYPES or not x.is_cpu or x.layout is not torch.strided or x.is_nested:
         return None
+    if type(layer) not in _stock and not takes(layer) or not packed.plain(layer._modules["base_layer"]):
+        return None
     if layer._disable_adapters or layer.merged_adapters or torch.is_autocast_enabled("cpu"):
         return None
     if plan.hooked(layer._modules["base_layer"]) or plan.hooks_everywhere() or plan.refuse_call((), {}):

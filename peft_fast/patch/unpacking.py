@@ -8,8 +8,10 @@ before are kept beside the packed ones, and put back with the weight.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
+import threading
 import warnings
 
 import torch
@@ -21,57 +23,75 @@ from peft_fast.patch.marks import MARK, state
 SCALES = ("absmax", "nested", "state2", "offset", "dtype")
 KEPT = "_peft_fast_scales"
 
-# bitsandbytes' Linear4bit -> its own forward
+# bitsandbytes' Linear4bit -> the forward that it had before ours, and whether ours is on
 _stock: dict[type, object] = {}
+_on: set[type] = set()
+# a weight is packed and unpacked by one thread at a time
+_alone = threading.RLock()
 
 
 def install() -> None:
-    """Puts the guard on bitsandbytes' class, if that is loaded."""
+    """Puts the guard on bitsandbytes' class, if that is loaded and has none: who patched it since then stays on top."""
     kind = getattr(getattr(sys.modules.get("bitsandbytes"), "nn", None), "Linear4bit", None)
-    if isinstance(kind, type) and "forward" in kind.__dict__:
-        if kind not in _stock:
-            _stock[kind] = kind.forward
+    if isinstance(kind, type) and "forward" in kind.__dict__ and kind not in _on:
+        _on.add(kind)
+        _stock[kind] = kind.forward
         kind.forward = forward
 
 
 def uninstall() -> None:
-    """Gives the class its own forward back, if nobody has replaced the guard since."""
+    """Gives the class its forward back, if nobody has replaced the guard since."""
     for kind, stock in _stock.items():
         if kind.__dict__.get("forward") is forward:
             kind.forward = stock
+            _on.discard(kind)
 
 
 def forward(self, x, *args, **kwargs):
     """The forward that accelerate() puts on Linear4bit: also layers without an adapter pass gradients on."""
-    stock = _stock.get(type(self)) or next(_stock[kind] for kind in type(self).__mro__ if kind in _stock)
+    stock = next(_stock[kind] for kind in type(self).__mro__ if kind in _stock)
     asked = MARK in self.__dict__ or state.everywhere
     if not asked or state.off or torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return stock(self, x, *args, **kwargs)
     ready(self, x)
     if self.training or packed(self) or not getattr(self, "support_avx512bf16_for_cpu", False):
         return stock(self, x, *args, **kwargs)
-    if (found := getattr(self._parameters.get("weight"), "quant_state", None)) is None:
-        return stock(self, x, *args, **kwargs)
-    values = found.__dict__
-    values[KEPT] = {name: values[name] for name in SCALES if name in values}
-    try:
-        return stock(self, x, *args, **kwargs)
-    finally:
-        if not values.get("packing_format_for_cpu"):
-            values.pop(KEPT, None)
+    with _alone:
+        before = getattr(self._parameters.get("weight"), "quant_state", None)
+        if before is None or packed(self):
+            return stock(self, x, *args, **kwargs)
+        # packing changes the QuantState that it finds, also under calls whose backward is yet to come
+        _set_state(self, before, now := copy.copy(before))
+        now.__dict__[KEPT] = {name: value for name, value in before.__dict__.items() if name in SCALES}
+        try:
+            return stock(self, x, *args, **kwargs)
+        finally:
+            if not packed(self):
+                _set_state(self, now, before)
+
+
+def _set_state(base, old, new):
+    """Gives a layer another QuantState, where it has the old one."""
+    if base.weight.quant_state is old:
+        base.weight.quant_state = new
+    if base.__dict__.get("quant_state") is old:
+        base.quant_state = new
 
 
 def ready(base: nn.Module, x: Tensor) -> str:
     """Has Linear4bit differentiate its call with x if that needs a gradient; why it cannot, if so."""
-    W = base._parameters.get("weight")
-    found = getattr(W, "quant_state", None)
-    if found is None:
+    if getattr(base._parameters.get("weight"), "quant_state", None) is None:
         return ""
-    values, graph = found.__dict__, x.requires_grad and torch.is_grad_enabled()
-    if values.get("packing_format_for_cpu"):
-        return unpack(W) if (base.training or graph) and not state.paused else ""
-    if KEPT in values:  # bitsandbytes unpacked it, for a state dict
-        _put_back(W)
+    graph = x.requires_grad and torch.is_grad_enabled()
+    if packed(base):
+        if not (base.training or graph) or state.paused:
+            return ""
+        with _alone:  # another thread may have done it by now
+            return unpack(base.weight) if packed(base) else ""
+    if KEPT in base.weight.quant_state.__dict__:  # bitsandbytes unpacked it, for a state dict
+        with _alone:
+            if not packed(base) and KEPT in base.weight.quant_state.__dict__:
+                _put_back(base.weight)
     return ""
 
 

@@ -350,7 +350,7 @@ def test_other_dtypes(norms):
 
 
 def test_threads():
-    """Several at once, while another writes magnitudes: each y is one of the two."""
+    """Several at once, while another gives them norms that the probe does not bear out: none of these is taken."""
     model, x = model_of(), inputs(1, K).detach()
     layer = layers(model)[0]
     with torch.no_grad():
@@ -365,14 +365,113 @@ def test_threads():
         for thread in threads:
             thread.start()
         for _ in range(50):
-            native.keep(layer, 1, torch.ones(N), torch.ones(K), torch.ones(N))  # not what the probe gives
+            native.keep(layer, 1, False, torch.ones(N), torch.ones(K), torch.ones(N))
         for thread in threads:
             thread.join()
     assert not wrong
 
 
+@pytest.mark.parametrize("tokens", [2, 50])
+def test_a_weight_that_is_written_while_its_norm_is_computed(tokens, monkeypatch):
+    """As by a hot swap in another thread: the call may give either, the next ones are right."""
+    model, x = model_of(), inputs(tokens, K).detach()
+    assert_right(model, x)
+
+    def torn(W, adapter, **kwargs):
+        norm = dora_norm(W, adapter, **kwargs)
+        with torch.no_grad():
+            adapter.B.mul_(5)
+        return norm
+
+    for layer in layers(model):
+        layer.lora_A["default"].weight.data.neg_()
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(kept_norms, "dora_norm", torn)
+        model(x)
+    for _ in range(3):
+        assert_right(model, x)
+
+
 def test_a_norm_that_is_kept_for_nobody():
-    native.keep(nn.Linear(2, 2), 1, torch.ones(2), torch.ones(2), torch.ones(2))
+    native.keep(nn.Linear(2, 2), 1, False, torch.ones(2), torch.ones(2), torch.ones(2))
+
+
+def test_a_library_without_the_module_beside_it(monkeypatch):
+    """As of another Python, or of older sources."""
+    monkeypatch.setattr(native, "_module", lambda: None)
+    for found in (native.layer, native.decode, native.adapters, decode.direct):
+        found.cache_clear()
+    try:
+        model, x = model_of(), inputs(2, K).detach()
+        for _ in range(3):
+            assert_right(model, x)
+        assert native.decode() is None
+    finally:
+        monkeypatch.undo()
+        for found in (native.layer, native.decode, native.adapters, decode.direct):
+            found.cache_clear()
+
+
+@pytest.mark.parametrize("n", [49, 48])
+def test_fresh_adapters_under_autocast(n, norms):
+    """What proves must not be rounded to what the process computes in."""
+    model = adapt(lambda: nn.Sequential(nn.Linear(K, n)), ["0"], use_dora=True, init_lora_weights=True).eval()
+    x, weight = inputs(40, K).detach(), layers(model)[0].base_layer.weight
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(x), model(x)
+        assert len(norms) == 1
+        weight.data.copy_(weight.data.bfloat16().float())
+        model(x)
+        weight.data.mul_(1.0015)
+        model(x)
+        assert len(norms) == 3
+
+
+def test_another_default_device():
+    probe = ops.dora_decode.__globals__["probe"]
+    probe.cache_clear()
+    model, x = model_of(), inputs(2, K).detach()
+    with torch.device("meta"):
+        assert_right(model, x)
+    assert_right(model, x)
+    assert probe(K).device.type == "cpu" and not probe(K).is_inference()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [2, 50])
+def test_adapters_of_another_dtype_with_the_same_values(dtype, tokens):
+    """Below float32 the norm is rounded as the adapter is."""
+    model = model_of(dtype, autocast_adapter_dtype=False)
+    for layer in layers(model):
+        for part in (layer.lora_A, layer.lora_B):
+            part.bfloat16()
+    x = inputs(tokens, K, dtype=dtype).detach()
+
+    def call():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32 and tokens > 2):
+            return model(x)
+
+    call(), call(), call()
+    for layer in layers(model):
+        for part in (layer.lora_A, layer.lora_B):
+            part.float()
+    found = call()
+    kept_norms._alone.clear(), kept_norms._beside.clear()
+    fresh = copy.deepcopy(model)  # of which nothing is kept
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32 and tokens > 2):
+        expected = fresh(x)
+    assert torch.equal(found, expected)
+
+
+def test_what_is_traced_has_no_bits_to_compare():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    for tokens in (2, 50):
+        model, x = model_of(), inputs(tokens, K).detach()
+        with torch.no_grad():
+            expected = model(x)
+            traced = make_fx(model)(x)
+            torch.testing.assert_close(traced(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_peft_that_is_not_known(monkeypatch):

@@ -240,3 +240,19 @@ def test_where_the_base_is_called():
             continue  # which no processor without it packs
         found = [packed.calls(base, tokens, torch.bfloat16) for tokens in (1, 31, 32)]
         assert found == called.get(name, [False] * 3), name
+
+
+def test_a_class_of_its_own_is_pefts():
+    model = evaluated(models.four_bits, {})
+    (layer, *_), kind = layers(model), type(layers(model)[0])
+    layer.__class__ = type("Mine", (kind,), {"_cast_input_dtype": lambda self, x, dtype: 2 * x.to(dtype)})
+    with torch.no_grad():
+        for tokens in (3, 200):
+            x = inputs(tokens, K).detach()
+            with stock():
+                expected = layer(x)
+            assert torch.equal(layer(x), expected)
+            base = layer.base_layer
+            base.__class__, own = type("Storing", (type(base),), {}), type(base)
+            assert quantized._few(layer, x) is None
+            base.__class__ = own

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import threading
 
 import pytest
 import torch
@@ -202,13 +203,75 @@ def test_scales_are_kept_beside_packed_ones_alone():
     base = bases(model)[0]
     with torch.no_grad():
         base(inputs(1, K))  # bitsandbytes packs for no x that could want a gradient
-    values = base.weight.quant_state.__dict__
-    assert not unpacking.packed(base) and unpacking.KEPT not in values
+
+    def values():
+        return base.weight.quant_state.__dict__
+
+    assert not unpacking.packed(base) and unpacking.KEPT not in values()
     generate(model)
-    assert (unpacking.KEPT in values) is unpacking.packed(base)
+    assert (unpacking.KEPT in values()) is unpacking.packed(base)
     step(model)
-    assert unpacking.KEPT not in values
-    values["absmax"] = 2 * values["absmax"]
-    doubled = values["absmax"].clone()
+    assert unpacking.KEPT not in values()
+    values()["absmax"] = 2 * values()["absmax"]
+    doubled = values()["absmax"].clone()
     step(generate(model))
-    assert torch.equal(values["absmax"], doubled)
+    assert torch.equal(values()["absmax"], doubled)
+
+
+@pytest.mark.parametrize("targets", [["up", "down"], ["up"], ["down"]], ids="+".join)
+@kinds
+def test_a_backward_that_is_pending_while_the_model_generates(kind, nested, targets):
+    model = model_of(kind, nested, targets=targets)
+    found = []
+    for between in (lambda: None, lambda: generate(model), lambda: None):
+        x = inputs(150, K).requires_grad_()
+        y = model.train()(x)
+        between()
+        model.train()
+        found.append(torch.autograd.grad(y.square().sum(), [x, *(p for p in model.parameters() if p.requires_grad)]))
+    for expected, *others in zip(*found, strict=True):
+        assert all(torch.equal(expected, other) for other in others)
+
+
+def test_threads_that_train_at_once_after_generating():
+    for _ in range(5):
+        model = model_of(nested=False)
+        scales = [base.weight.quant_state.absmax.clone() for base in bases(model)]
+        generate(model).train()
+        threads = [threading.Thread(target=model, args=(inputs(150, K),)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(a, base.weight.quant_state.absmax) for a, base in zip(scales, bases(model), strict=True))
+
+
+def test_who_patches_bitsandbytes_after_us(monkeypatch):
+    import bitsandbytes as bnb
+
+    model, calls = model_of().eval(), []
+    ours = bnb.nn.Linear4bit.forward
+    assert ours is unpacking.forward
+
+    def theirs(self, x):
+        calls.append(1)
+        return ours(self, x)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bnb.nn.Linear4bit, "forward", theirs)
+        peft_fast.accelerate(model)
+        assert bnb.nn.Linear4bit.forward is theirs
+        with torch.no_grad():
+            model(inputs(1, K))
+        assert calls
+    peft_fast.disable()
+    before = bnb.nn.Linear4bit.forward
+    with monkeypatch.context() as patched:
+        patched.setattr(bnb.nn.Linear4bit, "forward", lambda self, x: calls.append(2) or before(self, x))
+        mine = bnb.nn.Linear4bit.forward
+        peft_fast.accelerate(model)
+        with torch.no_grad():
+            model(inputs(1, K))
+        assert calls[-1] == 2
+        peft_fast.disable()
+        assert bnb.nn.Linear4bit.forward is mine
