@@ -41,6 +41,12 @@ bool every(const Source& s, int64_t rows, int64_t cols, const F& f) {
   return true;
 }
 
+// a weight whose neighbours along k or n lie together: a copy if they do not
+Tensor readable(const Tensor& w, bool transposed) {
+  const Source given = weight(w, transposed, false);
+  return w.size(0) <= 1 || w.size(1) <= 1 || given.row == 1 || given.col == 1 ? w : torch::stable::contiguous(w);
+}
+
 bool zero(const Tensor& t) {
   check_float(t, "B");
   check_fits(t.dim() == 2);
@@ -94,9 +100,8 @@ Tensor lora_decode(const Tensor& x_, const Tensor& w, const std::optional<Tensor
   Tensor y = empty_like(x_, with_last(x_, N));
   if (M == 0 || N == 0) return y;
 
-  Source base = weight(w, transposed, false);
-  const Tensor dense = K <= 1 || N <= 1 || base.row == 1 || base.col == 1 ? w : torch::stable::contiguous(w);
-  base = weight(dense, transposed, false);
+  const Tensor dense = readable(w, transposed);
+  const Source base = weight(dense, transposed, false);
   std::vector<bool> seen(order.size());
   for (int64_t row : order) {
     check_fits(row >= 0 && row < x_.size(0) && int64_t(order.size()) == x_.size(0) && !seen[row]);
@@ -133,8 +138,7 @@ std::tuple<Tensor, Tensor> dora_decode(const Tensor& x_, const Tensor& w, const 
   const Tensor norm = floats(norm_, N), probe = probe_ ? floats(*probe_, K) : norm;
   Tensor y = empty_like(x_, with_last(x_, N)), check = empty_like(w, {probe_ ? N : 0}, ScalarType::Float);
   if (N == 0 || (M == 0 && !probe_)) return {y, check};
-  const Source given = weight(w, transposed, false);
-  const Tensor dense = K <= 1 || N <= 1 || given.row == 1 || given.col == 1 ? w : torch::stable::contiguous(w);
+  const Tensor dense = readable(w, transposed);
   const Source base = weight(dense, transposed, false);
   std::vector<Tensor> kept;
   const FewTokens::Low low{rows(a, "A", r, K, kept), rows(b, "B", N, r, kept), {}, r, scaling, 0};

@@ -50,7 +50,7 @@ struct Packed {
 
   Packed(const Engine& e, const FewTokens& c, const Order& order, char* out, int64_t ld_) : data(out), ld(ld_) {
     const Source x{c.x.data, c.x.bf16, c.x.row, 1}, probe{c.probe, false, c.K, 1};
-    for (int64_t m = 0; m < c.M + (c.probe ? 1 : 0); ++m) {
+    for (int64_t m = 0; m < c.tokens(); ++m) {
       char* to = out + m * ld * e.element();
       std::memset(to + c.K * e.element(), 0, (ld - c.K) * e.element());
       e.rows(m < c.M ? x : probe, m < c.M ? order(m) : 0, 1, 0, c.K, to, ld);
@@ -97,7 +97,7 @@ bool zero(const FewTokens& c, const FewTokens::Rows& b, int64_t r) {
 
 void few_tokens(const FewTokens& c) {
   const auto& [K, N] = std::tie(c.K, c.N);
-  const int64_t M = c.M + (c.probe ? 1 : 0);
+  const int64_t M = c.tokens();
   const Order order{c.order, c.order ? M / c.n_order : 0};
   const bool columns = K > 1 && c.w_col != 1;  // the weight's neighbours lie along n
   const Engine& wide = engine(false);

@@ -47,6 +47,8 @@ struct FewTokens {
   // tell whether W + Σ s·B·A is what it was; null: none
   const float* probe;
   float* check;
+
+  int64_t tokens() const { return M + (probe ? 1 : 0); }
 };
 
 // y = m/norm∘(x·Wᵀ + Σ s·(x·Aᵀ·Bᵀ + b_B)) + bias, rounded once; of shapes that fit, and M, N > 0. With an order there

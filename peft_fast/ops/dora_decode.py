@@ -12,6 +12,7 @@ from peft_fast.backends import modules
 from peft_fast.ops import prepare
 from peft_fast.ops.checks import check, check_kinds
 from peft_fast.ops.dora_linear import check_columns, dora_linear
+from peft_fast.ops.lora_decode import differentiable
 from peft_fast.ops.spec import Adapter
 
 backends = modules("dora_decode")
@@ -39,13 +40,11 @@ def dora_decode(
     check(x, dtype, W, bias, [adapter], transposed)
     for given, name in (m, "m"), (norm, "norm"):
         check_columns(given, name, W, transposed)
-    wanted = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, W, bias, adapter.A, adapter.B, m)
-    )
+    wanted = differentiable(x, W, bias, [adapter]) or (torch.is_grad_enabled() and m.requires_grad)
     if not wanted and adapter.p == 0 and adapter.bias is None and backend not in ("torch", "reference"):
         others = prepare.tensors_beside_W([adapter], bias)
         name, *_ = dispatch.pick(x, dtype, W, others, backend=backend, op="dora_decode")
-        if name in backends and m.dtype in (torch.float32, torch.bfloat16):
+        if name in backends and m.dtype in dispatch.CPU_DTYPES:
             prepare.count_call()
             (adapter,) = prepare.number_scalings([adapter])
             return backends[name].forward(x.to(dtype), W.to(dtype), bias, adapter, m, norm, None, transposed)[0]

@@ -45,7 +45,7 @@ def lora_decode(
     check_kinds(x, W, bias, adapters)
     dtype, _ = prepare.computed_dtype(x)
     check(x, dtype, W, bias, adapters, transposed)
-    if backend in ("torch", "reference") or _differentiable(x, W, bias, adapters) or any(a.p > 0 for a in adapters):
+    if backend in ("torch", "reference") or differentiable(x, W, bias, adapters) or any(a.p > 0 for a in adapters):
         return lora_linear(x, W, bias, adapters, transposed=transposed, backend=backend)
     numbered = prepare.number_scalings(adapters)
     others = prepare.tensors_beside_W(numbered, bias)
@@ -99,7 +99,8 @@ def address() -> int | None:
     return native.few_tokens()
 
 
-def _differentiable(x: Tensor, W: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> bool:
+def differentiable(x: Tensor, W: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> bool:
+    """Does any of them want a gradient, where one is recorded?"""
     if not torch.is_grad_enabled():
         return False
     tensors = [x, W, bias, *(t for a in adapters for t in (a.A, a.B, a.bias))]

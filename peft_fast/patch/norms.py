@@ -12,11 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from peft_fast.dispatch import CPU_DTYPES
 from peft_fast.ops import Adapter, dora_norm, prepare
 from peft_fast.ops.dora_decode import alone, keep, probed
 from peft_fast.ops.lora_decode import MOST, TURNED, kernel, most
-
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Kept(NamedTuple):
@@ -40,7 +39,7 @@ def pays(layer: nn.Module, W: Tensor, adapter: Adapter) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
     A, B, scaling = adapter.A, adapter.B, adapter.scaling
-    fits = W.is_cpu and W.dtype in DTYPES and A.dtype is B.dtype and A.dtype in DTYPES
+    fits = W.is_cpu and W.dtype in CPU_DTYPES and A.dtype is B.dtype and A.dtype in CPU_DTYPES
     return fits and not isinstance(scaling, Tensor) and W.numel() > 0
 
 
@@ -56,7 +55,7 @@ def of(layer: nn.Module, W: Tensor, adapter: Adapter, transposed: bool, dtype: t
 
 def few(layer: nn.Module, x: Tensor, W: Tensor, adapter: Adapter, m: Tensor, transposed: bool) -> bool:
     """Is x (..., K) for decode(), in a layer where it pays to keep the norm?"""
-    if x.dtype is not W.dtype or adapter.p > 0 or adapter.bias is not None or m.dtype not in DTYPES:
+    if x.dtype is not W.dtype or adapter.p > 0 or adapter.bias is not None or m.dtype not in CPU_DTYPES:
         return False
     tokens, rank = x.shape[:-1].numel(), adapter.A.shape[0]
     fits = 0 < tokens <= min(MOST, most(x.dtype, transposed, rank)) and x.is_cpu

@@ -182,11 +182,7 @@ def _mixed(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
 
 def _few(layer: nn.Module, x: Tensor) -> Tensor | None:
     """Few tokens in evaluation without gradients, where the base is called; None: the call goes the long way."""
-    if layer.training or torch.is_grad_enabled() or type(x) is not Tensor or not x.dim():
-        return None
-    if not 0 < (tokens := _tokens(x)) <= FEW:
-        return None
-    if not packed.calls(layer._modules["base_layer"], tokens, x.dtype):
+    if type(x) is not Tensor or not x.dim() or not _called(layer, x) or not (tokens := _tokens(x)):
         return None
     names = layer._active_adapter
     if (low := _adapters(layer, x, (names,) if type(names) is str else names)) is None:
