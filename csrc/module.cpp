@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "adapters.h"
-#include "layer.h"
+#include "call.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>

@@ -111,13 +111,13 @@ def adapters() -> Callable | None:
 
 @functools.cache
 def layer() -> Callable | None:
-    """What looks at a whole LoRA layer (csrc/layer.h), or None: it is not built, or of older sources."""
+    """What looks at a whole LoRA layer (csrc/call.h), or None: it is not built, or of older sources."""
     return getattr(_module(), "layer", None) if getattr(_module(), "LIST", None) == LIST else None
 
 
 @functools.cache
 def decode() -> Callable | None:
-    """What runs a whole LoRA layer for few tokens (csrc/layer.h), or None: it is not built, or of older sources."""
+    """What runs a whole LoRA layer for few tokens (csrc/call.h), or None: it is not built, or of older sources."""
     return getattr(_module(), "decode", None) if layer() is not None else None
 
 

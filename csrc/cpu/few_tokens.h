@@ -1,4 +1,4 @@
-// What lora_decode computes, in plain memory: what decode.cpp makes of tensors, and layer.h of a layer's. It needs no
+// What lora_decode computes, in plain memory: what decode.cpp makes of tensors, and call.h of a layer's. It needs no
 // header of torch's.
 #pragma once
 #include <cstdint>

@@ -81,7 +81,7 @@ def probed(
 
 
 def keep(layer: object, tokens: int, low: torch.dtype, norm: Tensor, check: Tensor, K: int) -> None:
-    """From now on the compiled call of a layer (csrc/layer.h) has its norm, until the probe does not give ``check``.
+    """From now on the compiled call of a layer (csrc/call.h) has its norm, until the probe does not give ``check``.
 
     ``low`` is the dtype of its adapter.
     """

@@ -79,13 +79,13 @@ def look() -> Callable | None:
 
 
 def whole() -> Callable | None:
-    """The compiled look at a whole layer (csrc/layer.h); None where it is not built."""
+    """The compiled look at a whole layer (csrc/call.h); None where it is not built."""
     return native.layer()
 
 
 @functools.cache
 def direct() -> Callable | None:
-    """The compiled call of a whole layer (csrc/layer.h), for up to TURNED tokens; None where it is not built."""
+    """The compiled call of a whole layer (csrc/call.h), for up to TURNED tokens; None where it is not built."""
     return native.decode() if native.few_tokens() is not None else None
 
 

@@ -28,7 +28,7 @@ KINDS = (nn.Linear, nn.Identity, nn.Dropout, nn.Parameter, torch.strided)
 
 @functools.cache
 def _around() -> tuple:
-    """What the compiled look at a whole layer (csrc/layer.h) asks and compares with."""
+    """What the compiled look at a whole layer (csrc/call.h) asks and compares with."""
     linear, *others, strided = KINDS
     asked = torch.is_autocast_enabled, torch._C._get_tracing_state
     asked += torch._C._functorch.maybe_current_level, torch.compiler.is_exporting

@@ -33,7 +33,7 @@ class Tally:
 
 _process = Tally()
 # weak: the ledger keeps no model alive, and adds nothing to a layer that a checkpoint could pick up. Calls that
-# csrc/layer.h answers are counted there, where it costs them least, and are added here when somebody asks
+# csrc/call.h answers are counted there, where it costs them least, and are added here when somebody asks
 _layers: weakref.WeakKeyDictionary[nn.Module, Tally] = weakref.WeakKeyDictionary()
 
 

@@ -65,7 +65,7 @@ def few(layer: nn.Module, x: Tensor, W: Tensor, adapter: Adapter, m: Tensor, tra
 def decode(
     layer: nn.Module, x: Tensor, W: Tensor, bias: Tensor | None, adapter: Adapter, m: Tensor, transposed: bool
 ) -> Tensor:
-    """x (..., K) of few tokens -> y (..., N); csrc/layer.h answers the next such call of a common layer."""
+    """x (..., K) of few tokens -> y (..., N); csrc/call.h answers the next such call of a common layer."""
     prepare.count_call()
     tokens, kept, rounds = x.shape[:-1].numel(), _beside.get(layer), (None, adapter.A.dtype)
     if kept is not None and kept.tokens == tokens and kept.rounds == rounds:

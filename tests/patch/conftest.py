@@ -5,7 +5,9 @@ import gc
 import pytest
 
 from peft_fast import settings
-from peft_fast.patch import embedding, guard, marks, plan, switch
+from peft_fast.ops import dora_norm
+from peft_fast.patch import dora, embedding, guard, marks, plan, switch
+from peft_fast.patch import norms as kept_norms
 
 guard.load()
 embedding.load()
@@ -28,3 +30,17 @@ def untouched_peft():
     _reset()
     assert plan.Embedding.forward is plan.stock_embedding
     gc.collect()  # marked layers of this test must not keep the guard in use in the next
+
+
+@pytest.fixture
+def norms(monkeypatch):
+    """The norms of DoRA that were computed: one entry each."""
+    found = []
+
+    def counted(*args, **kwargs):
+        found.append(args)
+        return dora_norm(*args, **kwargs)
+
+    monkeypatch.setattr(dora, "dora_norm", counted)
+    monkeypatch.setattr(kept_norms, "dora_norm", counted)
+    return found

@@ -1,4 +1,4 @@
-"""Few tokens by one compiled call (csrc/layer.h): what it takes, what it leaves to the operator, what it keeps."""
+"""Few tokens by one compiled call (csrc/call.h): what it takes, what it leaves to the operator, what it keeps."""
 
 import gc
 import subprocess
