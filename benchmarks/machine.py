@@ -22,7 +22,7 @@ def header(device: torch.device) -> dict:
     cpu = _cpuinfo()
     found = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": _commit(),
+        "commit": commit(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cpu": cpu["model"],
@@ -106,7 +106,7 @@ def _version(name: str) -> str:
         return ABSENT
 
 
-def _commit() -> str:
+def commit() -> str:
     """Short commit of the checkout, with + when it has changes; empty outside of one."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():

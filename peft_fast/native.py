@@ -18,6 +18,7 @@ LIBRARY = Path(__file__).with_name("libpeft_fast.so")
 LIST = 4  # what patch/decode.py gives csrc/layer.h, which has the same number
 _reason = "not loaded yet"
 _few_tokens: int | None = None
+_isa = "none"
 
 
 def _constant(function):
@@ -34,7 +35,7 @@ def load() -> bool:
 
 @functools.cache
 def _load() -> bool:
-    global _reason, _few_tokens
+    global _reason, _few_tokens, _isa
     from peft_fast.backends.cpu import fakes
 
     library = settings.get().library or LIBRARY
@@ -44,7 +45,7 @@ def _load() -> bool:
     try:
         _check_whole(library)
         torch.ops.load_library(str(library))
-        torch.ops.peft_fast.set_isa(settings.get().isa)
+        _isa = torch.ops.peft_fast.set_isa(settings.get().isa)
         # fails for a library of older sources, which lacks an operator
         fakes.register()
         _few_tokens = ctypes.cast(ctypes.CDLL(str(library)).peft_fast_few_tokens, ctypes.c_void_p).value
@@ -74,14 +75,16 @@ def reason() -> str:
 
 def set_isa(name: str) -> str:
     """Chooses the instruction set of the CPU kernels ("auto" or one of settings.ISAS); returns the one now in use."""
+    global _isa
     load()
-    return torch.ops.peft_fast.set_isa(name)
+    _isa = torch.ops.peft_fast.set_isa(name)
+    return _isa
 
 
 @_constant
 def isa() -> str:
     """The instruction set the CPU kernels use now."""
-    return torch.ops.peft_fast.isa() if load() else "none"
+    return _isa if load() else "none"
 
 
 @functools.cache

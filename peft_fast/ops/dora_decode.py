@@ -57,18 +57,21 @@ def probe(K: int) -> Tensor:
 
     It is one token more of a pass that waits for W anyway. Elements of 1 to 2 with signs of their own: what changes
     an element of W by so little that the float32 sum of its row keeps its bits changes the row's norm by less than
-    that is rounded. Changes of several elements that cancel in it take a search for them.
+    that is rounded. Changes of several elements that cancel in it are not seen: no constant is one of these.
     """
     with torch.inference_mode(False):
         of = torch.Generator("cpu").manual_seed(K)
         size = torch.randint(64, 128, (K,), generator=of, dtype=torch.float32, device="cpu") / 64
-        return size * (torch.randint(0, 2, (K,), generator=of, dtype=torch.float32, device="cpu") * 2 - 1)
+        token = size * (torch.randint(0, 2, (K,), generator=of, dtype=torch.float32, device="cpu") * 2 - 1)
+        token[0] *= 1 if token.sum() else -1
+        return token
 
 
 def alone(W: Tensor, A: Tensor, B: Tensor, scaling: float, transposed: bool) -> Tensor:
     """What the probe gives by itself, (N,) in float32: by the same kernel, whatever W and the adapter are."""
     N, K = B.shape[0], A.shape[1]
-    none, m = torch.empty(0, K, device="cpu"), torch.ones(N, device="cpu")
+    kind = {"dtype": torch.float32, "device": "cpu"}
+    none, m = torch.empty(0, K, **kind), torch.ones(N, **kind)
     run = torch.ops.peft_fast.dora_decode.default
     return run(none, W, None, A, B, scaling, m, m, probe(K), transposed)[1]
 

@@ -55,8 +55,7 @@ def forward(self, x, *args, **kwargs):
         return stock(self, x, *args, **kwargs)
     found = plan.refuse_call(args, kwargs) or plan_of(self)
     reason = found if type(found) is str else refuse_input(self, x, found)
-    if not torch.compiler.is_compiling():
-        ledger.count(self, reason or None)
+    ledger.count(self, reason or None)
     return stock(self, x, *args, **kwargs) if reason else _run(x, found)
 
 

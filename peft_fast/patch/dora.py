@@ -96,8 +96,7 @@ def run(layer: nn.Module, x: Tensor, found: Plan) -> Tensor:
     reason = plan.refuse_input(layer, x, found.linear, few=False)
     if not reason and x.dim() == 1:
         reason = "a single vector: PEFT makes a row of it"
-    if not torch.compiler.is_compiling():
-        ledger.count(layer, reason or None)
+    ledger.count(layer, reason or None)
     if reason:
         return plan.stock_linear(layer, x)
     W, bias, (adapter,), transposed = found.linear
@@ -125,7 +124,7 @@ def decode(
     """
     (A,), (B,), _, (scaling,) = low
     adapter = Adapter(A, B, scaling)
-    if known("Linear") or m.shape != W.shape[:1] or fresh(B) or not norms.pays(layer, W, adapter):
+    if known("Linear") or m.shape != W.shape[:1] or not norms.pays(layer, W, adapter) or fresh(B):
         return None
     ledger.count(layer, None)
     return norms.decode(layer, x, W, bias, adapter, m, False)

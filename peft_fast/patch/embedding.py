@@ -47,9 +47,7 @@ def forward(self, x, *args, **kwargs):
         return mixed.embed(self, x, args, kwargs)
     found = plan.refuse_call(args, kwargs) or dora.embedding_plan_of(self, plan_of) or plan_of(self)
     reason = found if type(found) is str else refuse_input(x, found, few=type(found) is Plan)
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        ledger.count(self, reason or None)
+    ledger.count(self, reason or None)
     if reason:
         return plan.stock_embedding(self, x, *args, **kwargs)
     if type(found) is dora.EmbeddingPlan:

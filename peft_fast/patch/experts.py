@@ -84,10 +84,11 @@ def forward(self, x, *args, **kwargs):
     """x (T, H), experts (T, k), weights (T, k) -> y (T, H): what accelerate() puts on PEFT's lora.ParamWrapper."""
     if not wanted(self):
         return stock(self, x, *args, **kwargs)
-    if torch.compiler.is_compiling():  # the sizes of the products hang on values
-        return stock(self, x, *args, **kwargs)
-    found = plan.refuse_call((), kwargs) or plan_of(self)
-    reason = found if type(found) is str else refuse_input(found, x, args)
+    if torch.compiler.is_compiling():
+        reason = "experts under torch.compile: the sizes of their products hang on values"
+    else:
+        found = plan.refuse_call((), kwargs) or plan_of(self)
+        reason = found if type(found) is str else refuse_input(found, x, args)
     if reason:
         ledger.count(self, reason)
         return stock(self, x, *args, **kwargs)

@@ -46,8 +46,7 @@ def forward(self, x, *args, **kwargs):
         return y
     reason = layer if type(layer) is str else plan.refuse_input(self, x, layer)
     if reason:
-        if not compiling:
-            ledger.count(self, reason)
+        ledger.count(self, reason)
         return plan.stock_linear(self, x, *args, **kwargs)
     if prepare.adds_nothing(x, layer.adapters):
         prepare.count_call()
@@ -59,6 +58,5 @@ def forward(self, x, *args, **kwargs):
         W, bias, adapters, transposed = layer
         run = lora_decode if few else functools.partial(lora_linear, exact=settings.get().exact)
         y = run(x, W, bias, adapters, transposed=transposed)
-    if not compiling:
-        ledger.count(self, None)
+    ledger.count(self, None)
     return y

@@ -1,4 +1,7 @@
-"""Counts of fast calls, and of calls handed back to PEFT by reason: per process and per layer."""
+"""Counts of fast calls, and of calls handed back to PEFT by reason: per process and per layer.
+
+Compiled code counts nothing. What it leaves to PEFT is noted when it is traced: the reason, once for the process.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from peft_fast.ops.lora_decode import decoded
@@ -32,6 +36,7 @@ class Tally:
 
 
 _process = Tally()
+_traced: dict[str, None] = {}
 # weak: the ledger keeps no model alive, and adds nothing to a layer that a checkpoint could pick up. Calls that
 # csrc/call.h answers are counted there, where it costs them least, and are added here when somebody asks
 _layers: weakref.WeakKeyDictionary[nn.Module, Tally] = weakref.WeakKeyDictionary()
@@ -39,6 +44,10 @@ _layers: weakref.WeakKeyDictionary[nn.Module, Tally] = weakref.WeakKeyDictionary
 
 def count(layer: nn.Module, reason: str | None) -> None:
     """Books one call of ``layer``: fast if there is no reason."""
+    if torch.compiler.is_compiling():
+        if reason is not None:
+            note(reason)
+        return
     tally = _tally(layer)
     if reason is None:
         tally.fast += 1
@@ -46,6 +55,22 @@ def count(layer: nn.Module, reason: str | None) -> None:
     else:
         tally.handed_back[reason] += 1
         _process.handed_back[reason] += 1
+
+
+def note(reason: str) -> bool:
+    """Books why a call that is being traced is PEFT's; runs then, and is no part of what is compiled."""
+    _traced[reason] = None
+    return True
+
+
+def load() -> None:
+    """Lets Dynamo run note() while it traces."""
+    torch.compiler.assume_constant_result(note)
+
+
+def traced() -> tuple[str, ...]:
+    """The reasons for which torch.compile took PEFT's own forward, in the order that they were met."""
+    return tuple(_traced)
 
 
 def count_group(leader: nn.Module) -> None:

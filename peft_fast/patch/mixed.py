@@ -35,7 +35,7 @@ def linear(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
     names, reason = names_of(layer, x, args, kwargs)
     found = reason or plan.plan_of(layer, bare=True, names=names)
     reason = found if type(found) is str else refuse_input(x, found)
-    _count(layer, reason)
+    ledger.count(layer, reason or None)
     if reason:
         return plan.stock_linear(layer, x, *args, **kwargs)
     owners = owners_of(kwargs["adapter_names"], [name for name in names if name in layer.lora_A._modules])
@@ -111,7 +111,7 @@ def embed(layer: nn.Module, ids: Tensor, args: tuple, kwargs: dict) -> Tensor:
     names, reason = names_of(layer, ids, args, kwargs)
     found = reason or embedding.plan_of(layer, names)
     reason = found if type(found) is str else embedding.refuse_input(ids, found, few=False)
-    _count(layer, reason)
+    ledger.count(layer, reason or None)
     if reason:
         return plan.stock_embedding(layer, ids, *args, **kwargs)
     W, adapters, padding_idx, scale = found
@@ -176,8 +176,3 @@ def _scaled(adapter: Adapter, scale: float | Tensor) -> float | Tensor:
     return adapter.scaling * scale.reshape(()).to(adapter.A.dtype).to(
         torch.promote_types(adapter.A.dtype, torch.float32)
     )
-
-
-def _count(layer: nn.Module, reason: str) -> None:
-    if not torch.compiler.is_compiling():
-        ledger.count(layer, reason or None)

@@ -48,9 +48,17 @@ def of(layer: nn.Module, W: Tensor, adapter: Adapter, transposed: bool, dtype: t
     check, rounds = _alone_of(W, adapter, transposed), (dtype, adapter.A.dtype)
     kept = _alone.get(layer)
     if kept is None or kept.rounds != rounds or not _same(kept.check, check):
-        # after the check: whoever writes meanwhile has it fail the next time
-        kept = _alone[layer] = Kept(0, dora_norm(W, adapter, transposed=transposed, dtype=dtype), check, rounds)
+        norm, steady = computed(W, adapter, transposed, dtype)
+        if not steady or not _same(check, _alone_of(W, adapter, transposed)):
+            return norm
+        kept = _alone[layer] = Kept(0, norm, check, rounds)
     return kept.norm
+
+
+def computed(W: Tensor, adapter: Adapter, transposed: bool, dtype: torch.dtype | None) -> tuple[Tensor, bool]:
+    """The norm, and whether a second look finds it too: a thread may write a weight meanwhile, and take it back."""
+    norm, again = (dora_norm(W, adapter, transposed=transposed, dtype=dtype) for _ in range(2))
+    return norm, torch.equal(norm, again)
 
 
 def few(layer: nn.Module, x: Tensor, W: Tensor, adapter: Adapter, m: Tensor, transposed: bool) -> bool:

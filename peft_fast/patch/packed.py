@@ -150,8 +150,9 @@ def _four_bits(base, kind):
     state = getattr(W, "quant_state", None)
     name = f"bitsandbytes {getattr(W, 'quant_type', '4-bit')}"
     # before its first call the layer has not chosen what it computes in; packed for inference it is bitsandbytes' own
-    ready = base.compute_type_is_set and state is not None and not getattr(state, "packing_format_for_cpu", False)
-    if not ready or type(base).forward is not kind.forward or len(state.shape) != 2:
+    if not base.compute_type_is_set or state is None or unpacking.packed(base) or unpacking.kept(state):
+        return Base(name)
+    if type(base).forward is not kind.forward or len(state.shape) != 2:
         return Base(name)
     nested = None
     if state.nested:
@@ -161,6 +162,8 @@ def _four_bits(base, kind):
     data = W.detach().as_subclass(Tensor)
     packed = Packed(data, state.absmax, state.code, state.blocksize, tuple(state.shape), nested)
     scales = state.absmax if nested is None else nested.absmax
+    if W.quant_state is not state:  # another thread packs it
+        return Base(name)
     if scales.dtype is not torch.float32 or state.code.dtype is not torch.float32 or not data.is_contiguous():
         return Base(name)
     # bitsandbytes casts a bias of another dtype at its next call
@@ -199,9 +202,18 @@ def settle(base: nn.Module, x: Tensor) -> bool:
         base.init_8bit_state()
         changed = True
     if base.bias is not None and base.bias.dtype is not dtype:
-        base.bias.data = base.bias.data.to(dtype)
+        with torch.inference_mode(False):
+            base.bias.data = base.bias.data.to(dtype)
         changed = True
-    return changed
+    return _usable(base.bias) or changed
+
+
+def _usable(bias: Tensor | None) -> bool:
+    """Has a bias that bitsandbytes cast under inference_mode() saved for a backward again; was it one?"""
+    if bias is None or not bias.is_inference() or torch.is_inference_mode_enabled():
+        return False
+    bias.data = bias.data.clone()
+    return True
 
 
 def plain(base: nn.Module) -> bool:

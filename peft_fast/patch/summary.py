@@ -32,6 +32,7 @@ class Report:
     group_calls: int = 0
     block_calls: int = 0
     quantized: dict[str, str] = dataclasses.field(default_factory=dict)  # fast layer over a quantized base -> its kind
+    traced: tuple[str, ...] = ()  # why torch.compile took PEFT's own forward for some calls of this process
 
     def __str__(self) -> str:
         lines = []
@@ -39,7 +40,7 @@ class Report:
             lines.append(f"peft_fast: {len(self.fast)} of {layers} LoRA layers are fast")
         if self.groups or self.blocks:
             lines.append(f"  {len(self.groups)} groups of layers with one input, {len(self.blocks)} MLP blocks")
-        # compiled code counts no calls, so that nothing else would tell
+        # compiled code counts no calls, and before it is there nothing else would tell
         lines += _grouped("over a quantized base (PEFT's own under torch.compile)", self.quantized)
         lines += _grouped("layer by layer", self.not_blocks)
         lines += _grouped("with PEFT", self.slow) + _grouped("by torch's own GEMMs", self.plain)
@@ -47,6 +48,7 @@ class Report:
         if self.fast_calls or self.handed_back or not lines:
             lines.append(self.calls())
             lines += [f"  {n:,} times: {reason}" for reason, n in self.handed_back.items()]
+        lines += [f"  PEFT's own where torch.compile met it: {reason}" for reason in self.traced]
         return "\n".join(lines)
 
     def calls(self) -> str:
@@ -110,9 +112,10 @@ def report(model: nn.Module | None = None) -> Report:
             failures=failures,
             group_calls=calls.groups,
             block_calls=calls.blocks,
+            traced=ledger.traced(),
         )
     layers = some_lora_layers(model)
-    reasons = {name: why_slow(layer) for name, layer in layers.items()}
+    reasons = {name: _never_called(name, layers) or why_slow(layer) for name, layer in layers.items()}
     names = {layer: name for name, layer in layers.items()}
     mlps = blocks.reasons(model)
     found = [tuple(names[m] for m in g.layers() if m in names) for g in groups.groups_of(names)]
@@ -133,7 +136,17 @@ def report(model: nn.Module | None = None) -> Report:
         group_calls=calls.groups,
         block_calls=calls.blocks,
         quantized={name: kind for name, kind in bases.items() if kind},
+        traced=ledger.traced(),
     )
+
+
+def _never_called(name: str, layers: dict[str, nn.Module]) -> str:
+    """Why a layer's forward does not run at all; empty if it does."""
+    while name:
+        name = name.rpartition(".")[0]
+        if type(layers.get(name)).__name__ == "MultiheadAttention":
+            return "a part of lora.MultiheadAttention, which computes with its weights"
+    return ""
 
 
 def why_plain(layer: nn.Module) -> str:

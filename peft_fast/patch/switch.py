@@ -131,6 +131,7 @@ def _warn(why: str) -> None:
 
 
 def _install() -> None:
+    ledger.load()
     plan.Linear.forward = guard.forward
     if forward_known("Embedding")[0]:
         plan.Embedding.forward = embedding.forward

@@ -16,6 +16,7 @@ import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from peft_fast.patch.marks import MARK, state
 
@@ -26,8 +27,10 @@ KEPT = "_peft_fast_scales"
 # bitsandbytes' Linear4bit -> the forward that it had before ours, and whether ours is on
 _stock: dict[type, object] = {}
 _on: set[type] = set()
-# a weight is packed and unpacked by one thread at a time
-_alone = threading.RLock()
+# weight -> the lock of who packs, unpacks or multiplies by it in evaluation: bitsandbytes reads the weight and its
+# QuantState one after the other
+_locks = WeakTensorKeyDictionary()
+_new = threading.Lock()
 
 
 def install() -> None:
@@ -50,24 +53,34 @@ def uninstall() -> None:
 def forward(self, x, *args, **kwargs):
     """The forward that accelerate() puts on Linear4bit: also layers without an adapter pass gradients on."""
     stock = next(_stock[kind] for kind in type(self).__mro__ if kind in _stock)
-    asked = MARK in self.__dict__ or state.everywhere
-    if not asked or state.off or torch.compiler.is_compiling() or not isinstance(x, Tensor):
+    asked, W = MARK in self.__dict__ or state.everywhere, self._parameters.get("weight")
+    if not asked or state.off or torch.compiler.is_compiling() or not isinstance(x, Tensor) or W is None:
         return stock(self, x, *args, **kwargs)
-    ready(self, x)
-    if self.training or packed(self) or not getattr(self, "support_avx512bf16_for_cpu", False):
+    if self.training:  # nothing is packed
+        ready(self, x)
         return stock(self, x, *args, **kwargs)
-    with _alone:
-        before = getattr(self._parameters.get("weight"), "quant_state", None)
-        if before is None or packed(self):
+    with _lock_of(W):
+        ready(self, x)
+        before, packs = getattr(W, "quant_state", None), getattr(self, "support_avx512bf16_for_cpu", False)
+        if before is None or packed(self) or x.requires_grad or not packs:
             return stock(self, x, *args, **kwargs)
         # packing changes the QuantState that it finds, also under calls whose backward is yet to come
-        _set_state(self, before, now := copy.copy(before))
+        now = copy.copy(before)
         now.__dict__[KEPT] = {name: value for name, value in before.__dict__.items() if name in SCALES}
+        _set_state(self, before, now)
         try:
             return stock(self, x, *args, **kwargs)
         finally:
             if not packed(self):
                 _set_state(self, now, before)
+
+
+def _lock_of(W):
+    lock = _locks.get(W)
+    if lock is None:
+        with _new:
+            lock = _locks.setdefault(W, threading.RLock())
+    return lock
 
 
 def _set_state(base, old, new):
@@ -86,13 +99,20 @@ def ready(base: nn.Module, x: Tensor) -> str:
     if packed(base):
         if not (base.training or graph) or state.paused:
             return ""
-        with _alone:  # another thread may have done it by now
-            return unpack(base.weight) if packed(base) else ""
-    if KEPT in base.weight.quant_state.__dict__:  # bitsandbytes unpacked it, for a state dict
-        with _alone:
-            if not packed(base) and KEPT in base.weight.quant_state.__dict__:
-                _put_back(base.weight)
+        with _lock_of(base.weight):  # another thread may have done it by now
+            return unpack(base) if packed(base) else ""
+    if kept(base.weight.quant_state):  # bitsandbytes unpacked it, for a state dict, or packs it in another thread
+        with _lock_of(base.weight):
+            if not packed(base) and kept(before := base.weight.quant_state):
+                now = copy.copy(before)
+                _put_back(now, base.weight.device)
+                _set_state(base, before, now)
     return ""
+
+
+def kept(found: object) -> bool:
+    """Has a QuantState the scales from before the weight was packed?"""
+    return KEPT in found.__dict__
 
 
 def packed(base: nn.Module) -> bool:
@@ -101,26 +121,27 @@ def packed(base: nn.Module) -> bool:
     return found is not None and bool(found.__dict__.get("packing_format_for_cpu"))
 
 
-def unpack(W: nn.Parameter) -> str:
-    """Makes a packed weight what it was; why not, if that cannot be."""
+def unpack(base: nn.Module) -> str:
+    """Makes the packed weight of a Linear4bit what it was; why not, if that cannot be."""
     inverse = getattr(sys.modules["bitsandbytes"].functional, "_convert_weight_packed_for_cpu_inverse", None)
     if inverse is None:
         return _warn()
-    scales = W.quant_state.absmax
-    W.data, W.quant_state = inverse(W.data, W.quant_state)
-    if KEPT in W.quant_state.__dict__:
-        _put_back(W)
-    elif not W.quant_state.nested and W.quant_state.absmax is scales:
+    W, before = base.weight, base.weight.quant_state
+    data, now = inverse(W.data, copy.copy(before))
+    if kept(now):
+        _put_back(now, W.device)
+    elif not now.nested and now.absmax is before.absmax:
         # nobody saw it being packed: at least the same scales in the weight's order
-        W.quant_state.absmax = scales.t().reshape(-1).float()
+        now.absmax = before.absmax.t().reshape(-1).float()
+    W.data = data
+    _set_state(base, before, now)
     return ""
 
 
-def _put_back(W):
-    found = W.quant_state
+def _put_back(found, device):
     found.__dict__.update(found.__dict__.pop(KEPT))
-    if found.absmax.device != W.device:
-        found.to(W.device)
+    if found.absmax.device != device:
+        found.to(device)
 
 
 @functools.cache

@@ -5,8 +5,7 @@ import gc
 import pytest
 
 from peft_fast import settings
-from peft_fast.ops import dora_norm
-from peft_fast.patch import dora, embedding, guard, marks, plan, switch
+from peft_fast.patch import dora, embedding, guard, ledger, marks, plan, switch
 from peft_fast.patch import norms as kept_norms
 
 guard.load()
@@ -20,6 +19,7 @@ def _reset():
     plan.Linear.forward = plan.stock_linear
     switch._uninstall()
     marks.state.__init__()
+    ledger._traced.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +37,9 @@ def norms(monkeypatch):
     """The norms of DoRA that were computed: one entry each."""
     found = []
 
-    def counted(*args, **kwargs):
-        found.append(args)
-        return dora_norm(*args, **kwargs)
+    def counted(run):
+        return lambda *args, **kwargs: found.append(args) or run(*args, **kwargs)
 
-    monkeypatch.setattr(dora, "dora_norm", counted)
-    monkeypatch.setattr(kept_norms, "dora_norm", counted)
+    monkeypatch.setattr(dora, "dora_norm", counted(dora.dora_norm))
+    monkeypatch.setattr(kept_norms, "computed", counted(kept_norms.computed))
     return found

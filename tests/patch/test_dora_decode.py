@@ -212,6 +212,38 @@ def test_another_default_device():
     assert probe(K).device.type == "cpu" and not probe(K).is_inference()
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [2, 50])
+def test_another_default_dtype(tokens, dtype, default):
+    model, x = dora_model(dtype), inputs(tokens, K, dtype=dtype).detach()
+    before = torch.get_default_dtype()
+    ops.dora_decode.__globals__["probe"].cache_clear()
+    torch.set_default_dtype(default)
+    try:
+        for _ in range(3):
+            assert_right(model, x)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_the_probe_tells_a_constant_of_a_row():
+    for k in (*range(1, 600), 4096, 7459):
+        token = ops.dora_decode.__globals__["probe"](k)
+        assert token.sum() and torch.equal(token.bfloat16().float(), token)
+        assert token.abs().min() >= 1 and token.abs().max() < 2
+
+
+@pytest.mark.parametrize("tokens", [2, 50])
+def test_fake_tensors(tokens):
+    """Nothing is asked of values that are not there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, x = dora_model(), inputs(tokens, K).detach()
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(x).shape == (tokens, K)
+
+
 def test_what_is_traced_has_no_bits_to_compare():
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -221,6 +253,7 @@ def test_what_is_traced_has_no_bits_to_compare():
             expected = model(x)
             traced = make_fx(model)(x)
             torch.testing.assert_close(traced(x), expected, rtol=1e-5, atol=1e-5)
+        assert "all_zero" not in traced.code
 
 
 def test_peft_that_is_not_known(monkeypatch):

@@ -207,6 +207,30 @@ def test_a_norm_that_is_kept_for_nobody():
     native.keep(nn.Linear(2, 2), 1, False, torch.ones(2), torch.ones(2), torch.ones(2))
 
 
+@pytest.mark.parametrize("tokens", [2, 50])
+def test_a_weight_that_is_another_one_only_while_its_norm_is_computed(tokens, monkeypatch):
+    """As by who swaps averaged weights in and out in another thread: afterwards every bit is as it was."""
+    model, x, swaps = dora_model(), inputs(tokens, K).detach(), []
+
+    def swapped(W, adapter, **kwargs):
+        if swaps:
+            return dora_norm(W, adapter, **kwargs)
+        swaps.append(W)
+        with torch.no_grad():
+            before = W.detach().clone()
+            W.mul_(3)
+            norm = dora_norm(W, adapter, **kwargs)
+            W.copy_(before)
+        return norm
+
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(kept_norms, "dora_norm", swapped)
+        model(x)
+    assert len(swaps) == 1
+    for _ in range(3):
+        assert_right(model, x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [2, 50])
 def test_adapters_of_another_dtype_with_the_same_values(dtype, tokens):

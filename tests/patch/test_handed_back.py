@@ -347,6 +347,28 @@ def test_torch_func_and_forward_mode():
     assert handed_back == {"a torch.func transform is on": 2, "forward-mode differentiation is on": 1}
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.up = nn.MultiheadAttention(K, 2, batch_first=True), nn.Linear(K, K)
+
+    def forward(self, x):
+        return self.up(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_parts_whose_forward_never_runs_are_not_said_to_be_fast():
+    """PEFT merges into nn.MultiheadAttention's weights for a call."""
+    model = get_peft_model(Attending(), LoraConfig(r=4, target_modules=["attention", "up"], init_lora_weights=False))
+    peft_fast.accelerate(model)
+    model(inputs())
+    report, inside = peft_fast.report(model), "base_model.model.attention"
+    assert (report.fast, report.fast_calls) == (("base_model.model.up",), 1)
+    assert report.slow == {
+        inside: "layer.MultiheadAttention has no fast path",
+        f"{inside}.base_layer.out_proj": "a part of lora.MultiheadAttention, which computes with its weights",
+    }
+
+
 def test_functional_call_stays_fast():
     model = toy()
     new = {name: p.detach() * 2 for name, p in model.named_parameters()}

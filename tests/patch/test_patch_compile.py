@@ -8,6 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import peft_fast
 from peft_fast import settings
 from tests.patch.test_blocks import mlp
+from tests.patch.test_experts import layer_of as experts
+from tests.patch.test_experts import tokens
 from tests.patch.test_groups import attention, learned
 from tests.patch.toys import assert_same, conv1d, inputs, layers, step, stock, toy
 
@@ -77,7 +79,38 @@ def test_handed_back_layers_compile_too():
         expected = model(inputs())
     fast, _ = compiled(model)
     assert torch.equal(fast(inputs()), expected)
-    assert peft_fast.report(model).handed_back == {}, "counters move inside compiled code"
+    report = peft_fast.report(model)
+    assert report.handed_back == {}, "counters move inside compiled code"
+    assert report.traced == ("adapters of lower precision than the base, or of float64 beside it",)
+    assert "PEFT's own where torch.compile met it: adapters of lower precision" in str(report)
+
+
+NAMES = ["default", "__base__", "default", "default"]
+# what PEFT keeps -> a model, x, what else the call is given; PEFT's own forward is one graph only for few tokens
+KEPT = {
+    "few tokens": (toy, inputs, {}),
+    "a mixed batch under torch.compile": (toy, inputs, {"adapter_names": NAMES}),
+    "experts under torch.compile": (experts, tokens, {}),
+}
+
+
+@pytest.mark.parametrize("reason", KEPT)
+def test_what_compiled_code_leaves_to_peft_is_told(reason):
+    """In whichever process: compiled code belongs to no model."""
+    make, x, options = KEPT[reason]
+    model, x, few = make().eval(), x(4, 32).detach() if x is inputs else x().detach(), reason == "few tokens"
+    with stock(), torch.no_grad():
+        expected = model(x, **options)
+    fast = torch.compile(model, fullgraph=few, backend="eager")
+    assert peft_fast.report(model).traced == ()
+    with settings.override(min_tokens=128 if few else 0), torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(fast(x, **options), expected)
+    report = peft_fast.report(model)
+    (told,) = report.traced
+    assert told.startswith(reason) and not report.handed_back
+    assert f"PEFT's own where torch.compile met it: {told}" in str(report)
+    assert peft_fast.report().traced == (told,)
 
 
 def traced(model):

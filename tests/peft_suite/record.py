@@ -1,7 +1,7 @@
 """outcome.json: what became of PEFT's own tests without and with peft_fast, a line for each file of them.
 
-It is put together from runs of one file or of many: a file that is run again replaces its line, and other versions of
-the packages begin anew, so that all lines are of the versions that the record names.
+It is put together from runs of one file or of many: a file that is run again replaces its line, which has the commit
+that it was run with, and other versions of the packages begin anew, so that all lines are of those that it names.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
+from peft_fast.benchmarks import machine
 from tests.peft_suite import suite
 from tests.peft_suite.suite import Outcome
 
@@ -56,7 +57,7 @@ def add(path: Path, file: str, select: str, off: dict[str, Outcome], on: dict[st
     known = json.loads(path.read_text()) if path.exists() else {}
     now = versions()
     files = known["files"] if known.get("versions") == now else {}
-    files[file] = line(select, off, on)
+    files[file] = {"commit": machine.commit(), **line(select, off, on)}
     record = {"versions": now, "files": dict(sorted(files.items()))}
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in record["files"].items())
     path.write_text(f'{{\n "versions": {json.dumps(now)},\n "files": {{\n{lines}\n }}\n}}\n')
@@ -78,7 +79,7 @@ def problems(record: dict, peft: str) -> list[str]:
 
 
 def _problems_of(entry: dict) -> list[str]:
-    if list(entry) != ["select", "stock", "accelerated", "failed_by", "differing", "fast_calls"]:
+    if list(entry) != ["commit", "select", "stock", "accelerated", "failed_by", "differing", "fast_calls"]:
         return ["other fields than a line has"]
     out = []
     for way in ("stock", "accelerated"):
@@ -89,6 +90,8 @@ def _problems_of(entry: dict) -> list[str]:
             out.append(f"{way}: outcomes that do not add up to {counts['tests']} tests")
         if counts.get("not collected"):
             out.append(f"{way}: cannot be imported, so nothing was compared")
+    if not entry["commit"] or entry["commit"].endswith("+"):
+        out.append("not of a commit, but of sources that nobody else has")
     if entry["select"] not in ("lora", "all"):
         out.append(f"a choice of tests that nobody knows: {entry['select']!r}")
     if sum(entry["failed_by"].values()) != entry["stock"].get("failed"):

@@ -114,6 +114,7 @@ ON = {**OFF, "a": Outcome("passed", "", 7)}
 
 def test_a_record_is_put_together_from_runs(tmp_path, monkeypatch):
     path, peft = tmp_path / "outcome.json", record.versions()["peft"]
+    monkeypatch.setattr(record.machine, "commit", lambda: "abc1234")
     record.add(path, "test_b", "lora", OFF, ON)
     record.add(path, "test_a", "lora", OFF, OFF)
     record.add(path, "test_b", "lora", {**OFF, "e": Outcome("xfailed")}, {**ON, "e": Outcome("xfailed", "", 2)})
@@ -121,7 +122,7 @@ def test_a_record_is_put_together_from_runs(tmp_path, monkeypatch):
     assert list(known["files"]) == ["test_a", "test_b"] and len(path.read_text().splitlines()) == 7
     counts = {"tests": 5, "passed": 1, "failed": 2, "skipped": 1, "xfailed": 1}
     assert known["files"]["test_b"] == {
-        **{"select": "lora", "stock": counts, "accelerated": counts},
+        **{"commit": "abc1234", "select": "lora", "stock": counts, "accelerated": counts},
         **{"failed_by": {"OSError": 1, "ValueError": 1}, "differing": [], "fast_calls": 9},
     }
     assert record.problems(known, peft) == []
@@ -132,7 +133,7 @@ def test_a_record_is_put_together_from_runs(tmp_path, monkeypatch):
 
 def faulty(change):
     """A record with a change to its only line."""
-    entry = record.line("lora", OFF, ON)
+    entry = {"commit": "abc1234", **record.line("lora", OFF, ON)}
     change(entry)
     return {"versions": record.versions(), "files": {"test_a": entry}}
 
@@ -145,6 +146,7 @@ FAULTS = {
     "cannot be imported": lambda e: e["stock"].update({"not collected": 1, "tests": 5}),
     "reasons of failures": lambda e: e["failed_by"].clear(),
     "no file made a fast call": lambda e: e.update(fast_calls=0),
+    "not of a commit": lambda e: e.update(commit="abc1234+"),
     "other fields": lambda e: e.pop("differing"),
 }
 
@@ -166,6 +168,11 @@ def test_the_record_in_the_repository(root):
     assert record.problems(known, pins["peft"]) == []
 
 
+def test_the_record_has_every_file(root, download_cache):
+    known = json.loads((root / "tests/peft_suite/outcome.json").read_text())
+    assert list(known["files"]) == suite.files(fetched(download_cache), [])
+
+
 def test_a_part_of_a_file_is_not_recorded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["peft_suite", "test_mixed", "-k", "a", "--record", str(tmp_path / "o.json")])
     with pytest.raises(SystemExit):
@@ -173,15 +180,20 @@ def test_a_part_of_a_file_is_not_recorded(tmp_path, monkeypatch, capsys):
     assert "leave -k and --json out" in capsys.readouterr().err
 
 
-@pytest.fixture
-def theirs(root, download_cache, tmp_path):
-    """Runs the command on files of PEFT's tests, which are fetched first -> what it printed, and the outcomes."""
+def fetched(download_cache):
+    """PEFT's sources."""
     folder = Path(download_cache) / "peft_suite"
     try:
         with suite.alone(folder):
-            suite.fetch(folder)
+            return suite.fetch(folder)
     except subprocess.CalledProcessError as error:
         pytest.skip(f"pip could not fetch PEFT's source distribution, which has its tests (status {error.returncode})")
+
+
+@pytest.fixture
+def theirs(root, download_cache, tmp_path):
+    """Runs the command on files of PEFT's tests, which are fetched first -> what it printed, and the outcomes."""
+    folder = fetched(download_cache).parent
 
     def run(*args):
         command = [sys.executable, "-m", "tests.peft_suite", *args, "--folder", str(folder)]

@@ -2,7 +2,9 @@
 
 import copy
 import io
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -244,6 +246,67 @@ def test_threads_that_train_at_once_after_generating():
         for thread in threads:
             thread.join()
         assert all(torch.equal(a, base.weight.quant_state.absmax) for a, base in zip(scales, bases(model), strict=True))
+
+
+def test_threads_that_generate_while_others_want_gradients():
+    """Packed and unpacked in turn: no call meets a weight that is half of either."""
+    model, stop, wrong = model_of().eval(), threading.Event(), []
+    x = inputs(3, K)
+    with settings.override(min_tokens=0):
+        y = model(x)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+
+    def compare(*pairs):
+        # a packed weight has scales of bfloat16
+        wrong.extend(1 for a, b in pairs if (a - b).abs().max() > 3e-2 * b.abs().max())
+
+    def generates():
+        while not stop.is_set():
+            with torch.no_grad():
+                compare((model(x.detach()), y))
+
+    def differentiates():
+        while not stop.is_set():
+            mine = x.detach().clone().requires_grad_()
+            found = model(mine)
+            compare((found, y), (torch.autograd.grad(found.sum(), mine)[0], dx))
+
+    def alive(run):
+        try:
+            run()
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=alive, args=(run,)) for run in (generates, differentiates, generates)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        time.sleep(3)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert not wrong, wrong[:3]
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["the first model", "an earlier model trained"])
+def test_training_after_a_first_call_under_inference_mode(earlier):
+    """In which bitsandbytes casts the bias, to a tensor that no backward can have."""
+    from peft_fast.patch import packed
+
+    packed._trusted.clear()
+    if earlier:
+        step(model_of())
+    expected, model = step(model_of()), model_of()
+    for base in bases(model):
+        base.bias.data = base.bias.data.double()  # not what it computes in
+    with torch.inference_mode():
+        model.train()(inputs(150, K).detach())
+    assert_same(expected, step(model), 1e-5)
+    assert set(packed._trusted.values()) == {True} and peft_fast.report(model).fast_calls
 
 
 def test_who_patches_bitsandbytes_after_us(monkeypatch):
