@@ -25,6 +25,9 @@ def dora_norm(
     """W (N, K), or (K, N) if ``transposed``, A (r, K), B (N, r) -> (N,) in float32 at least, without a gradient.
 
     ``dtype`` is the one that PEFT holds the norm in, A's if none is named: one below float32 rounds it.
+
+    W's own row norms are not kept from step to step: A has changed, so that W is read for W·Aᵀ, and the sum of its
+    squares is one more of the r + 1 sums over what was read.
     """
     given = adapter.A.dtype if dtype is None else dtype
     ((A, B, scaling, *_),) = prepare.number_scalings([adapter])

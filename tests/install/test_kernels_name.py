@@ -86,3 +86,8 @@ def test_with_the_real_package(root, tmp_path):
     done = start(root, target)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.split()[1]).is_relative_to(target)
+
+
+def test_the_page_names_every_file(root):
+    page = (root / "kernels" / "README.md").read_text()
+    assert [path.name for path in sorted(root.glob("kernels/*.py")) if f"| `{path.name}` |" not in page] == []
