@@ -2,7 +2,7 @@
 
 Merged is what the adapters may cost nothing beside: PEFT's merge_and_unload, plain nn.Linear layers. All three are
 copies of one model, and generate the same number of tokens greedily from the same words. By name also with DoRA
-adapters, and merged.py's rows of what it costs to merge and to go back.
+adapters, over bitsandbytes' NF4, and merged.py's rows of what it costs to merge and to go back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_fast import settings
 
-from . import dora, machine, merged
+from . import dora, machine, merged, quantized
 from .blocks import RANK
 from .criterion import Verdict, check
 from .gate import adapter, in_float64, lora, path, weights
@@ -53,11 +53,13 @@ LLAMAS = {"llama-1024": Llama(1024, 2816, 12), "llama-2048": Llama(2048, 5632, 8
 GPU_LLAMAS = {"llama-3-8b-like": Llama(4096, 14336, 8), "llama-1024": LLAMAS["llama-1024"]}
 TINY = Llama(128, 192, 2, 64)
 DORA, MERGED = "-dora", "-merged"  # ends of the names of models with DoRA, and of rows that enter and leave merged()
+NF4 = "-nf4"  # of models whose linear layers but the head are bitsandbytes', double-quantized
 
 
 def names(device: str) -> tuple[str, ...]:
     """What --model takes on this device."""
-    return tuple(model + end for end in ("", DORA, MERGED, DORA + MERGED) for model in _models(device))
+    ends = ("", DORA, NF4, MERGED, DORA + MERGED)
+    return tuple(model + end for end in ends for model in _models(device))
 
 
 def _models(device: str) -> tuple[str, ...]:
@@ -72,6 +74,8 @@ def cases(options: Options) -> list[Case]:
     models = options.models or (_models(options.device) if full else tuple(GPU_LLAMAS if gpu else LLAMAS)[:1])
     threads = options.threads or (1 if gpu else machine.cores(),)
     for name, dtype, t in itertools.product(models, dtypes, threads):
+        if name.endswith(NF4):
+            quantized.need("nf4", name)
         end = f"r={RANK} {dtype}" + ("" if gpu else f" threads={t}")
         facts = {"model": name, "r": RANK, "dtype": dtype, "p": 0.0}
         made = partial(_pair, name, DTYPES[dtype], options.scale == "tiny", options.device)
@@ -107,13 +111,14 @@ def providers(name: str, dtype: torch.dtype, new: int, tiny: bool, device: str =
     """merged, stock and peft_fast; the last also with adapters in the model's own dtype, DoRA inside DoraCaching."""
     torch.manual_seed(0)
     net, with_dora = network(name, tiny, device).to(dtype).eval(), DORA in name
+    dense = quantized.in_four_bits(net, "_proj") if NF4 in name else None
     ids = torch.randint(1, net.config.vocab_size, (1, PROMPT), device=device)
     stock = adapted(net, with_dora=with_dora)
     ours = accelerated(copy.deepcopy(stock))
     rows = [
         _provider("merged", copy.deepcopy(stock).merge_and_unload(), ids, new),
         _provider("stock", stock, ids, new),
-        _provider("peft_fast", ours, ids, new, partial(verdicts, ours, stock, ids, new)),
+        _provider("peft_fast", ours, ids, new, partial(verdicts, ours, stock, ids, new, dense=dense)),
     ]
     if with_dora:
         gate = partial(verdicts, ours, stock, ids, new, dora.cached)
@@ -130,7 +135,7 @@ def network(name: str, tiny: bool, device: str = "cpu") -> nn.Module:
     """The model in float32, pretrained where that is what it is."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    name = name.removesuffix(MERGED).removesuffix(DORA)
+    name = name.removesuffix(MERGED).removesuffix(DORA).removesuffix(NF4)
     if name == SMOLLM2 and not tiny:
         from peft_fast.recipes import examples
 
@@ -170,27 +175,42 @@ def generated(model: nn.Module, ids: Tensor, new: int) -> Tensor:
         )  # fmt: skip
 
 
-def verdicts(ours: nn.Module, stock: nn.Module, ids: Tensor, new: int, around: Around = as_it_is) -> dict[str, Verdict]:
-    """Every kind of layer by the criterion; the logits, and in float32 the very tokens, against stock PEFT's."""
-    return around(partial(_verdicts, ours, stock, ids, new))()
+def verdicts(
+    ours: nn.Module,
+    stock: nn.Module,
+    ids: Tensor,
+    new: int,
+    around: Around = as_it_is,
+    dense: nn.Module | None = None,
+) -> dict[str, Verdict]:
+    """Every kind of layer by the criterion; the logits, and in float32 the very tokens, against stock PEFT's.
+
+    ``dense`` has the weights that quantized ones mean. Of these the logits alone are compared: bitsandbytes computes
+    some products in bfloat16, whose rounding decides between close tokens.
+    """
+    return around(partial(_verdicts, ours, stock, ids, new, dense))()
 
 
-def _verdicts(ours: nn.Module, stock: nn.Module, ids: Tensor, new: int) -> dict[str, Verdict]:
+def _verdicts(ours: nn.Module, stock: nn.Module, ids: Tensor, new: int, dense: nn.Module | None) -> dict[str, Verdict]:
     from peft_fast.ops import fast_calls
 
-    dtype = next(stock.parameters()).dtype
+    dtype = next(p.dtype for p in stock.parameters() if p.is_floating_point())
     # settings as users have them: the command counts every call as large enough
     with torch.no_grad(), settings.override(min_tokens=settings.Settings().min_tokens):
-        found = _layer_verdicts(ours, stock, dtype)
+        found = _layer_verdicts(ours, stock, dtype) if dense is None else {}
         before = fast_calls()
         y, expected = (model(input_ids=ids).logits for model in (ours, stock))
         found["path"] = path(True, fast_calls() - before == len(_lora(ours)))
-        truth = dora.cached(copy.deepcopy(stock).double(), False)(input_ids=ids).logits
+        exact = copy.deepcopy(stock) if dense is None else adapted(dense)
+        if dense is not None:
+            lows = {name: value for name, value in stock.state_dict().items() if "lora_" in name}
+            exact.load_state_dict(lows, strict=False)
+        truth = dora.cached(exact.double(), False)(input_ids=ids).logits
     e, e0 = ((out.double() - truth).norm().item() / truth.norm().item() for out in (y, expected))
     allowed = NETWORK_SLACK * e0 + torch.finfo(dtype).eps / 4
     reason = f"error {e:.2e} is above {allowed:.2e} (stock {e0:.2e})"
     found["logits"] = Verdict(e <= allowed, reason, rms=e, rms_stock=e0, rms_allowed=allowed)
-    if dtype == torch.float32:
+    if dtype == torch.float32 and dense is None:
         same = torch.equal(generated(ours, ids, new), generated(stock, ids, new))
         found["tokens"] = Verdict(same, "other tokens than stock PEFT's")
     return found

@@ -13,6 +13,7 @@ APART = {
     },
     "generate": {
         "Generation with DoRA, multiples of merged weights (*cached*: inside PEFT's `DoraCaching`)": ("dora",),
+        "Generation over bitsandbytes' NF4, multiples of weights merged by PEFT, which rounds them anew": ("nf4",),
         "`peft_fast.merged(model)`, in and out, multiples of PEFT's merge_adapter and unmerge_adapter": ("merged",),
     },
     "quantized": {
@@ -32,7 +33,11 @@ def kind(bench: str, settings: dict) -> str:
             return "model"
         token = settings.get("M") == settings.get("rows", settings.get("adapters", 0))
         return " ".join(["ranks"] * model.endswith("-ranks") + ["token"] * token)
-    ends = {"dora_linear": ("token", "embedding"), "generate": ("merged", "dora"), "quantized": ("token", "dense")}
+    ends = {
+        "dora_linear": ("token", "embedding"),
+        "generate": ("merged", "dora", "nf4"),
+        "quantized": ("token", "dense"),
+    }
     return next((end for end in ends.get(bench, ()) if model.endswith(end)), "")
 
 

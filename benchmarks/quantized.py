@@ -117,10 +117,9 @@ def _kind(model: str) -> str:
 def cases(options: Options) -> list[Case]:
     """Every kind whose library is there, in each dtype, without and with dropout."""
     gpu, tiny = options.device != "cpu", options.scale == "tiny"
-    for kind in options.models:
-        if kind != OP and not _there(library := KINDS[_kind(kind)][0]):
-            do = "run `make setup`, which installs requirements-quantized.txt into .venv/quantized"
-            fail(UnsupportedError, f"--model {kind}", f"{library}, which is not installed", do)
+    for model in options.models:
+        if model != OP:
+            need(_kind(model), model)
     models = options.models or (OP, *(kind for kind in KINDS if _there(KINDS[kind][0])))
     dtypes = options.dtypes or (("bf16", "fp32") if options.scale == "full" and not gpu else ("bf16",))
     threads = options.threads or (1 if gpu or tiny else machine.cores(),)
@@ -151,6 +150,28 @@ def cases(options: Options) -> list[Case]:
             build, title = partial(of_token, kind, k, n, dtype, options), f"{kind} 1 × {k} × {n} r={RANK} {end}"
             rows.append(Case(title, facts | shape, build, t, seconds=6.0, as_used=True))
     return rows
+
+
+def need(kind: str, model: str) -> None:
+    """UnsupportedError if the library of a kind, which --model asks for, is not installed."""
+    if not _there(library := KINDS[kind][0]):
+        do = "run `make setup`, which installs requirements-quantized.txt into .venv/quantized"
+        fail(UnsupportedError, f"--model {model}", f"{library}, which is not installed", do)
+
+
+def in_four_bits(net: nn.Module, suffix: str) -> nn.Module:
+    """Makes bitsandbytes' double-quantized NF4 of the linear layers whose names end so.
+
+    -> A copy with the dense weights that these mean.
+    """
+    dense = copy.deepcopy(net)
+    for name, module in list(net.named_modules()):
+        if name.endswith(suffix) and isinstance(module, nn.Linear):
+            net.set_submodule(name, layer := four_bits(module, "nf4", nested=True))
+            weight = means(layer, module.in_features, module.weight, module.weight.dtype)
+            dense.get_submodule(name).weight.data = weight.clone()
+    net.is_loaded_in_4bit = True
+    return dense
 
 
 def _there(library: str) -> bool:

@@ -30,6 +30,7 @@ TITLES = {
     ("lora_mixed", "ranks"): "64 adapters of five ranks in a batch, 16 tokens each",
     ("generate", ""): "generating, of merged weights' time",
     ("generate", "dora"): "generating with DoRA, of merged weights' time",
+    ("generate", "nf4"): "generating over NF4, of merged weights' time",
     ("generate", "merged"): "merged and back, of PEFT's time",
 }
 HEAD = ["what", "dtype", "dropout", "rows", "stock PEFT", "**peft_fast**", "speed-up over stock", "peak of stock's"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft_fast import settings
 from peft_fast.errors import fail
 
-from . import gate, machine
+from . import gate, machine, quantized
 from .criterion import Verdict
 from .harness import Case, GateError, Options, Provider
 from .lora_linear import DTYPES, accelerate, alone, draw_adapters
@@ -52,6 +52,9 @@ MODELS = {
     "llama-like": Model("llama", 1024, 2816, 4, 16, 8, 8192, 4, 128),
 }
 LINEAR = ".*_proj"  # of a Llama, the head left out
+BOTH = "both"  # two adapters are active, and summed
+NF4 = "nf4"  # QLoRA: the linear layers but the head are bitsandbytes', double-quantized
+SEPARATE = ("dora", NF4)  # whose layers nothing joins
 # what LoraConfig is told beside rank and dropout
 ADAPTERS = {
     "lora": {},
@@ -62,11 +65,13 @@ ADAPTERS = {
     "tokens": {"trainable_token_indices": list(range(16))},
     "saved": {"modules_to_save": ["lm_head"]},
     "twice": {"layer_replication": [[0, 2], [0, 2]]},
+    BOTH: {},
+    NF4: {"target_modules": LINEAR},
 }
 # by name only
 VARIANTS = {
     f"{name}-{adapters}": dataclasses.replace(MODELS[f"{name}-like"], adapters=adapters)
-    for name, kinds in (("bert-base", "dora biases"), ("llama", "dora head tied tokens saved twice"))
+    for name, kinds in (("bert-base", "dora biases"), ("llama", "dora head tied tokens saved twice both nf4"))
     for adapters in kinds.split()
 }
 GPU_MODELS = {
@@ -92,6 +97,9 @@ def cases(options: Options) -> list[Case]:
     dropouts = options.dropouts or ((0.0, 0.05) if full else (0.05,))
     rows = []
     chosen = options.models or tuple(GPU_MODELS if gpu else MODELS)
+    for name in chosen:
+        if name.endswith(NF4):
+            quantized.need(NF4, name)
     memory = _free_bytes() if gpu and full else math.inf
     for name, dtype, p, t in itertools.product(chosen, dtypes, dropouts, threads):
         model = fitting(scaled({**MODELS, **VARIANTS, **GPU_MODELS}[name], options.scale), memory)
@@ -190,14 +198,15 @@ def providers(m: Model, dtype_name: str, p: float, device: torch.device) -> list
     dtype = DTYPES[dtype_name]
     torch.manual_seed(0)
     base = placed(m, dtype, device).train()
+    dense = quantized.in_four_bits(base, "_proj") if m.adapters == NF4 else base
     ids = torch.randint(m.vocab, (m.batch, m.length), device=device)
     batch = {"input_ids": ids, "labels": ids[:, 0] % 2 if m.family == "bert" else ids}
     low = dtype != torch.float32
-    full = copy.deepcopy(base)
     frozen = _copy(base).requires_grad_(False)
     frozen.enable_input_require_grads()  # so that dx flows through every layer, as it does in LoRA training
     rows = [_provider("frozen", frozen, batch)]
-    rows += [_provider("full", full, batch)]
+    # no weight of four bits trains
+    rows += [_provider("full", copy.deepcopy(base), batch)] if m.adapters != NF4 else []
     stock = lora(base, m, p, fp32=True)
     # float64 attention keeps length² numbers a head; a classifier has a logit or two a sequence
     n = max(1, JUDGED // m.length)
@@ -206,19 +215,22 @@ def providers(m: Model, dtype_name: str, p: float, device: torch.device) -> list
     @functools.cache
     def judges() -> tuple[dict, dict, dict]:
         # PEFT's tied adapters are views of each other, which cannot be copied
-        exact = lora(copy.deepcopy(base).double(), m, p, fp32=True)
-        exact.load_state_dict(stock.state_dict())
+        exact = lora(copy.deepcopy(dense).double(), m, p, fp32=True)
+        state = stock.state_dict()
+        if m.adapters == NF4:
+            state = {name: value for name, value in state.items() if "lora_" in name}
+        exact.load_state_dict(state, strict=m.adapters != NF4)
         return few, results(exact, few), results(stock, few)
 
     rows += [_provider("stock", stock, batch)]
     rows += [_provider(f"stock {dtype_name}", lora(base, m, p, fp32=False), batch)] if low else []
     for fp32, joined in itertools.product((True, False) if low else (True,), (True, False)):
-        if not joined and (m.adapters == "dora" or not fp32):  # nothing joins layers with magnitudes
+        if not joined and (m.adapters in SEPARATE or not fp32):
             continue
         fast = lora(base, m, p, fp32)
         accelerate(fast)
         name = ("peft_fast" if fp32 else f"peft_fast {dtype_name}") if joined else "layer by layer"
-        gate = partial(verdicts, fast, batch, judges, dtype, joined and m.adapters != "dora")
+        gate = partial(verdicts, fast, batch, judges, dtype, joined and m.adapters not in SEPARATE)
         rows.append(_provider(name, fast, batch, gate if joined else _one_by_one(gate), joined))
     return rows if device.type == "cpu" else alone(rows)
 
@@ -233,6 +245,9 @@ def lora(base: nn.Module, m: Model, p: float, fp32: bool) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers, not the user's
         model = get_peft_model(_copy(base), config, autocast_adapter_dtype=fp32).train()
+        if m.adapters == BOTH:
+            model.add_adapter(BOTH, config, autocast_adapter_dtype=fp32)
+            model.base_model.set_adapter(["default", BOTH])
     draw_adapters(model)
     return model
 
@@ -333,11 +348,14 @@ def verdicts(
 
 def layer_verdicts(model: nn.Module, dtype: torch.dtype) -> dict[str, Verdict]:
     """Each distinct (class, K, N) among the LoRA layers, on 64 tokens, with the dropout it trains with."""
-    found = {}
+    found, judged = {}, False
     for layer in model.modules():
         if not hasattr(layer, "lora_A") or not layer.lora_A:
             continue
-        (name,) = layer.active_adapters
+        name, *others = layer.active_adapters
+        if others or not layer.base_layer.weight.is_floating_point():
+            judged = True  # by logits and gradients of the whole network
+            continue
         K, N = layer.lora_A[name].weight.shape[1], layer.lora_B[name].weight.shape[0]
         kind = f"{type(layer.base_layer).__name__} {K}→{N}"
         if f"{kind} y" not in found:
@@ -347,7 +365,7 @@ def layer_verdicts(model: nn.Module, dtype: torch.dtype) -> dict[str, Verdict]:
             g = torch.randn(64, N, generator=generator).to(device, dtype)
             checks = gate.check_layer(layer, x, g, gate.our_mask, fast=True)
             found |= {f"{kind} {out}": v for out, v in checks.items()}
-    if not found:
+    if not found and not judged:
         fail(GateError, "a model without a LoRA layer", "layers to accelerate", "check target_modules")
     return found
 

@@ -21,8 +21,10 @@ from peft_fast.benchmarks import (
     nf4,
     quantized,
     show,
+    train_step,
 )
 from peft_fast.cli import bench
+from peft_fast.errors import UnsupportedError
 from peft_fast.ops.nf4 import Packed
 from peft_fast.patch import dora, mixed
 
@@ -178,6 +180,33 @@ def test_quantized_rows_by_name(tmp_path, root):
         dense = row["settings"]["model"].endswith("-dense")
         assert set(row["providers"]) == ({"stock", "peft_fast"} if dense else token)
         assert max(row["match"].values()) <= 1 and kinds.heading("quantized", row["settings"])
+
+
+WHOLE = {
+    ("train_step", "llama-nf4"): {"frozen", "stock", "stock bf16", "peft_fast", "peft_fast bf16"},
+    ("generate", "llama-1024-nf4"): {"merged", "stock", "peft_fast", "peft_fast bf16"},
+}
+
+
+@pytest.mark.skipif(not (quantized.FOLDER / "bitsandbytes").is_dir(), reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("name, model", WHOLE)
+def test_whole_models_over_four_bits(name, model, tmp_path, root):
+    result = tmp_path / "out.json"
+    args = ["-m", "peft_fast", "bench", name, "--tiny", "--threads", "1", "--repeats", "1", "--dropout", "0.1"]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, *args, "--dtype", "bf16", "--model", model, "--json", str(result)]
+    subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": path}, check=True, capture_output=True)
+    (row,) = harness.read(result)["rows"]
+    assert set(row["providers"]) == WHOLE[name, model]
+    assert max(row["match"].values()) <= 1 and "peft_fast" in row["match"]
+
+
+def test_whole_models_need_the_library(monkeypatch):
+    monkeypatch.setattr(quantized, "_there", lambda library: False)
+    for name, model in WHOLE:
+        run = {"train_step": train_step, "generate": generate}[name]
+        with pytest.raises(UnsupportedError, match="make setup"):
+            run.cases(harness.Options(models=(model,)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

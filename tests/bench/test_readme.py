@@ -155,7 +155,7 @@ def test_the_summary_takes_the_median_and_the_extremes_of_a_machine():
 APART = {
     "dora_linear": ("llama-like", "llama-like-token", "embedding-token", "embedding"),
     "lora_mixed": ("llama-like", "llama-like-ranks"),
-    "generate": ("llama-1024", "llama-1024-dora", "llama-1024-merged", "llama-1024-dora-merged"),
+    "generate": ("llama-1024", "llama-1024-dora", "llama-1024-nf4", "llama-1024-merged", "llama-1024-dora-merged"),
     "quantized": ("nf4", "nf4-token", "nf4-dense"),
 }
 

@@ -9,7 +9,7 @@ from peft_fast.cli import bench
 from tests.bench.test_readme import document
 
 
-@pytest.mark.parametrize("model", list(train_step.VARIANTS))
+@pytest.mark.parametrize("model", [name for name in train_step.VARIANTS if not name.endswith(train_step.NF4)])
 def test_a_step_is_judged(model, capsys):
     args = ["train_step", "--tiny", "--model", model, "--dropout", "0.1"]
     assert bench.app([*args, "--gate-only"]) == 0
