@@ -58,14 +58,13 @@ def count(layer: nn.Module, reason: str | None) -> None:
 
 
 def note(reason: str) -> bool:
-    """Books why a call that is being traced is PEFT's; runs then, and is no part of what is compiled."""
+    """Books why a call that is being traced is PEFT's."""
     _traced[reason] = None
     return True
 
 
-def load() -> None:
-    """Lets Dynamo run note() while it traces."""
-    torch.compiler.assume_constant_result(note)
+# Dynamo runs it while it traces, and nothing of it is compiled
+note._dynamo_marked_constant = True
 
 
 def traced() -> tuple[str, ...]:

@@ -216,10 +216,16 @@ def _usable(bias: Tensor | None) -> bool:
     return True
 
 
+# classes that were found to be
+_plain: set[type] = {nn.Linear}
+
+
 def plain(base: nn.Module) -> bool:
     """Is it one of the libraries' own classes, whose result nobody else has?"""
     kind = type(base)
-    return kind is nn.Linear or kind in _kinds() or kind is getattr(sys.modules.get(HQQ), "HQQLinear", None)
+    if kind not in _plain and (kind in _kinds() or kind is getattr(sys.modules.get(HQQ), "HQQLinear", None)):
+        _plain.add(kind)
+    return kind in _plain
 
 
 def calls(base: nn.Module, tokens: int, dtype: torch.dtype) -> bool:

@@ -234,7 +234,7 @@ def _adapters(layer: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[list, 
 
 
 def _result(layer, x):
-    y = layer._modules["base_layer"](x)
+    y = layer._modules["base_layer"].forward(x)  # it has no hooks
     fits = type(y) is Tensor and y.dtype in decode.DTYPES and y.dim() == x.dim() and y.is_contiguous()
     return y if fits else None
 

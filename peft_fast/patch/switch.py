@@ -131,7 +131,6 @@ def _warn(why: str) -> None:
 
 
 def _install() -> None:
-    ledger.load()
     plan.Linear.forward = guard.forward
     if forward_known("Embedding")[0]:
         plan.Embedding.forward = embedding.forward

@@ -13,10 +13,10 @@ import functools
 import sys
 import threading
 import warnings
+import weakref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from peft_fast.patch.marks import MARK, state
 
@@ -27,9 +27,9 @@ KEPT = "_peft_fast_scales"
 # bitsandbytes' Linear4bit -> the forward that it had before ours, and whether ours is on
 _stock: dict[type, object] = {}
 _on: set[type] = set()
-# weight -> the lock of who packs, unpacks or multiplies by it in evaluation: bitsandbytes reads the weight and its
-# QuantState one after the other
-_locks = WeakTensorKeyDictionary()
+# id of a weight -> the lock of who packs, unpacks or multiplies by it in evaluation, as bitsandbytes reads the weight
+# and its QuantState one after the other; and what takes it away with the weight
+_locks: dict[int, tuple[threading.RLock, weakref.ref]] = {}
 _new = threading.Lock()
 
 
@@ -52,7 +52,7 @@ def uninstall() -> None:
 
 def forward(self, x, *args, **kwargs):
     """The forward that accelerate() puts on Linear4bit: also layers without an adapter pass gradients on."""
-    stock = next(_stock[kind] for kind in type(self).__mro__ if kind in _stock)
+    stock = _stock.get(type(self)) or next(_stock[kind] for kind in type(self).__mro__ if kind in _stock)
     asked, W = MARK in self.__dict__ or state.everywhere, self._parameters.get("weight")
     if not asked or state.off or torch.compiler.is_compiling() or not isinstance(x, Tensor) or W is None:
         return stock(self, x, *args, **kwargs)
@@ -60,6 +60,8 @@ def forward(self, x, *args, **kwargs):
         ready(self, x)
         return stock(self, x, *args, **kwargs)
     with _lock_of(W):
+        if packed(self) and not x.requires_grad:
+            return stock(self, x, *args, **kwargs)
         ready(self, x)
         before, packs = getattr(W, "quant_state", None), getattr(self, "support_avx512bf16_for_cpu", False)
         if before is None or packed(self) or x.requires_grad or not packs:
@@ -76,11 +78,13 @@ def forward(self, x, *args, **kwargs):
 
 
 def _lock_of(W):
-    lock = _locks.get(W)
-    if lock is None:
+    key = id(W)
+    found = _locks.get(key)
+    if found is None:
         with _new:
-            lock = _locks.setdefault(W, threading.RLock())
-    return lock
+            if (found := _locks.get(key)) is None:
+                found = _locks[key] = threading.RLock(), weakref.ref(W, lambda _: _locks.pop(key, None))
+    return found[0]
 
 
 def _set_state(base, old, new):
