@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 import peft_fast
 from peft_fast.patch import plan
+from tests.patch.test_merged import Attending
 from tests.patch.toys import (
     K,
     Toy,
@@ -345,15 +346,6 @@ def test_torch_func_and_forward_mode():
         assert torch.autograd.forward_ad.unpack_dual(model(dual)).tangent is not None
     handed_back = peft_fast.report(model).handed_back
     assert handed_back == {"a torch.func transform is on": 2, "forward-mode differentiation is on": 1}
-
-
-class Attending(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention, self.up = nn.MultiheadAttention(K, 2, batch_first=True), nn.Linear(K, K)
-
-    def forward(self, x):
-        return self.up(self.attention(x, x, x, need_weights=False)[0])
 
 
 def test_parts_whose_forward_never_runs_are_not_said_to_be_fast():
