@@ -220,7 +220,9 @@ def providers(m: Model, dtype_name: str, p: float, device: torch.device) -> list
         if m.adapters == NF4:
             state = {name: value for name, value in state.items() if "lora_" in name}
         exact.load_state_dict(state, strict=m.adapters != NF4)
-        return few, results(exact, few), results(stock, few)
+        # evaluation packs bitsandbytes' layers for good: nobody that is timed may be evaluated
+        judged = lora(base, m, p, fp32=True) if m.adapters == NF4 else stock
+        return few, results(exact, few), results(judged, few)
 
     rows += [_provider("stock", stock, batch)]
     rows += [_provider(f"stock {dtype_name}", lora(base, m, p, fp32=False), batch)] if low else []

@@ -58,7 +58,7 @@ def of(layer: nn.Module, W: Tensor, adapter: Adapter, transposed: bool, dtype: t
 def computed(W: Tensor, adapter: Adapter, transposed: bool, dtype: torch.dtype | None) -> tuple[Tensor, bool]:
     """The norm, and whether a second look finds it too: a thread may write a weight meanwhile, and take it back."""
     norm, again = (dora_norm(W, adapter, transposed=transposed, dtype=dtype) for _ in range(2))
-    return norm, torch.equal(norm, again)
+    return norm, _same(norm, again)
 
 
 def few(layer: nn.Module, x: Tensor, W: Tensor, adapter: Adapter, m: Tensor, transposed: bool) -> bool:

@@ -63,7 +63,7 @@ def forward(self, x, *args, **kwargs):
         if packed(self) and not x.requires_grad:
             return stock(self, x, *args, **kwargs)
         ready(self, x)
-        before, packs = getattr(W, "quant_state", None), getattr(self, "support_avx512bf16_for_cpu", False)
+        before, packs = getattr(W, "quant_state", None), x.is_cpu and getattr(self, "support_avx512bf16_for_cpu", False)
         if before is None or packed(self) or x.requires_grad or not packs:
             return stock(self, x, *args, **kwargs)
         # packing changes the QuantState that it finds, also under calls whose backward is yet to come
@@ -107,7 +107,9 @@ def ready(base: nn.Module, x: Tensor) -> str:
             return unpack(base) if packed(base) else ""
     if kept(base.weight.quant_state):  # bitsandbytes unpacked it, for a state dict, or packs it in another thread
         with _lock_of(base.weight):
-            if not packed(base) and kept(before := base.weight.quant_state):
+            if packed(base):
+                return unpack(base) if (base.training or graph) and not state.paused else ""
+            if kept(before := base.weight.quant_state):
                 now = copy.copy(before)
                 _put_back(now, base.weight.device)
                 _set_state(base, before, now)

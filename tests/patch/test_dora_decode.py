@@ -235,6 +235,16 @@ def test_the_probe_tells_a_constant_of_a_row():
 
 
 @pytest.mark.parametrize("tokens", [2, 50])
+def test_a_weight_with_a_nan_has_its_norm_kept_too(tokens, norms):
+    model, x = dora_model(), inputs(tokens, K).detach()
+    layers(model)[0].base_layer.weight.data[3, 5] = float("nan")
+    with torch.no_grad():
+        for _ in range(4):
+            assert layers(model)[0](x).isnan().any(0).sum() == 1
+    assert len(norms) == 1
+
+
+@pytest.mark.parametrize("tokens", [2, 50])
 def test_fake_tensors(tokens):
     """Nothing is asked of values that are not there."""
     from torch._subclasses.fake_tensor import FakeTensorMode

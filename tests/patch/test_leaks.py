@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import sys
 
 import pytest
 import torch
@@ -27,8 +28,9 @@ except (AttributeError, OSError):
 
 
 def used():
+    """Bytes that C has, and Python's blocks, which it takes from others, at the least that one has."""
     gc.collect()
-    return _mallinfo().uordblks
+    return _mallinfo().uordblks + 16 * sys.getallocatedblocks()
 
 
 def growth(call, calls=500):
@@ -65,3 +67,4 @@ def test_training(config):
 def test_what_leaks_is_noticed():
     kept = []
     assert growth(lambda: kept.append(torch.empty(100))) > 400
+    assert growth(lambda: kept.append({"a": object()})) > 16

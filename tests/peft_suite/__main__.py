@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from peft_fast import settings
+from peft_fast.benchmarks import machine
 from tests.peft_suite import hub, record, suite
 
 
@@ -44,6 +45,7 @@ def main() -> int:
     known = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     select = "all" if args.all else "lora"
     every: tuple[dict, dict] = {}, {}
+    commit = machine.commit()  # of what is imported, whatever is committed meanwhile
     for file in suite.files(place, args.files):
         start = time.monotonic()
         if file not in known:
@@ -59,7 +61,7 @@ def main() -> int:
             args.json.write_text(json.dumps(known))
         off, on = ({t: suite.Outcome(*o) for t, o in new.items()} for new in known[file])
         if args.record:
-            recorded = record.add(args.record, file, select, off, on)["files"]
+            recorded = record.add(args.record, file, select, off, on, commit)["files"]
         print(f"== {file} ({time.monotonic() - start:.0f} s)\n{suite.summary(off, on)}", flush=True)
     print(f"== PEFT's own tests\n{suite.summary(*every)}")
     if args.record:

@@ -11,7 +11,6 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from peft_fast.benchmarks import machine
 from tests.peft_suite import suite
 from tests.peft_suite.suite import Outcome
 
@@ -52,12 +51,12 @@ def _kind(outcome: Outcome) -> str:
     return outcome.error.partition(":")[0]
 
 
-def add(path: Path, file: str, select: str, off: dict[str, Outcome], on: dict[str, Outcome]) -> dict:
-    """Writes a file's line into the record at ``path`` -> the record."""
+def add(path: Path, file: str, select: str, off: dict[str, Outcome], on: dict[str, Outcome], commit: str) -> dict:
+    """Writes a file's line, of a run that began at ``commit``, into the record at ``path`` -> the record."""
     known = json.loads(path.read_text()) if path.exists() else {}
     now = versions()
     files = known["files"] if known.get("versions") == now else {}
-    files[file] = {"commit": machine.commit(), **line(select, off, on)}
+    files[file] = {"commit": commit, **line(select, off, on)}
     record = {"versions": now, "files": dict(sorted(files.items()))}
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in record["files"].items())
     path.write_text(f'{{\n "versions": {json.dumps(now)},\n "files": {{\n{lines}\n }}\n}}\n')

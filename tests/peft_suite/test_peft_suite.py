@@ -114,10 +114,10 @@ ON = {**OFF, "a": Outcome("passed", "", 7)}
 
 def test_a_record_is_put_together_from_runs(tmp_path, monkeypatch):
     path, peft = tmp_path / "outcome.json", record.versions()["peft"]
-    monkeypatch.setattr(record.machine, "commit", lambda: "abc1234")
-    record.add(path, "test_b", "lora", OFF, ON)
-    record.add(path, "test_a", "lora", OFF, OFF)
-    record.add(path, "test_b", "lora", {**OFF, "e": Outcome("xfailed")}, {**ON, "e": Outcome("xfailed", "", 2)})
+    commit = "abc1234"
+    record.add(path, "test_b", "lora", OFF, ON, commit)
+    record.add(path, "test_a", "lora", OFF, OFF, commit)
+    record.add(path, "test_b", "lora", {**OFF, "e": Outcome("xfailed")}, {**ON, "e": Outcome("xfailed", "", 2)}, commit)
     known = json.loads(path.read_text())
     assert list(known["files"]) == ["test_a", "test_b"] and len(path.read_text().splitlines()) == 7
     counts = {"tests": 5, "passed": 1, "failed": 2, "skipped": 1, "xfailed": 1}
@@ -128,7 +128,9 @@ def test_a_record_is_put_together_from_runs(tmp_path, monkeypatch):
     assert record.problems(known, peft) == []
     assert record.problems(known, "0.1") == [f"a record of PEFT {peft}, but 0.1 is pinned"]
     monkeypatch.setattr(record, "versions", lambda: {**known["versions"], "torch": "9.9"})
-    assert list(record.add(path, "test_c", "lora", OFF, ON)["files"]) == ["test_c"], "lines of other versions stayed"
+    assert list(record.add(path, "test_c", "lora", OFF, ON, commit)["files"]) == ["test_c"], (
+        "lines of other versions stayed"
+    )
 
 
 def faulty(change):

@@ -292,6 +292,24 @@ def test_threads_that_generate_while_others_want_gradients():
     assert not wrong, wrong[:3]
 
 
+def test_training_that_waits_while_another_thread_packs():
+    model = model_of(targets=["down"])
+    base = bases(model)[0]  # without an adapter
+    W, x, stock_forward = base.weight, inputs(3, K).detach(), unpacking._stock[type(base)]
+    now = copy.copy(before := W.quant_state)
+    now.__dict__[unpacking.KEPT] = {name: v for name, v in before.__dict__.items() if name in unpacking.SCALES}
+    with unpacking._lock_of(W):
+        unpacking._set_state(base, before, now)
+        waits = threading.Thread(target=unpacking.ready, args=(base.train(), x))
+        waits.start()
+        time.sleep(0.2)
+        with torch.no_grad():
+            stock_forward(base.eval(), x)
+        base.train()
+    waits.join()
+    assert not unpacking.packed(base) and torch.equal(W.quant_state.absmax, before.absmax)
+
+
 @pytest.mark.parametrize("earlier", [False, True], ids=["the first model", "an earlier model trained"])
 def test_training_after_a_first_call_under_inference_mode(earlier):
     """In which bitsandbytes casts the bias, to a tensor that no backward can have."""
