@@ -23,7 +23,7 @@ from .blocks import RANK
 from .criterion import Verdict, check
 from .gate import adapter, in_float64, lora, path, weights
 from .harness import Case, Options, Provider
-from .lora_linear import DTYPES
+from .lora_linear import DTYPES, copy_adapters
 from .train_step import NETWORK_SLACK
 
 Around = Callable[[Callable], Callable]  # what a function is called in
@@ -201,10 +201,7 @@ def _verdicts(ours: nn.Module, stock: nn.Module, ids: Tensor, new: int, dense: n
         before = fast_calls()
         y, expected = (model(input_ids=ids).logits for model in (ours, stock))
         found["path"] = path(True, fast_calls() - before == len(_lora(ours)))
-        exact = copy.deepcopy(stock) if dense is None else adapted(dense)
-        if dense is not None:
-            lows = {name: value for name, value in stock.state_dict().items() if "lora_" in name}
-            exact.load_state_dict(lows, strict=False)
+        exact = copy.deepcopy(stock) if dense is None else copy_adapters(stock, adapted(dense))
         truth = dora.cached(exact.double(), False)(input_ids=ids).logits
     e, e0 = ((out.double() - truth).norm().item() / truth.norm().item() for out in (y, expected))
     allowed = NETWORK_SLACK * e0 + torch.finfo(dtype).eps / 4

@@ -161,6 +161,12 @@ def adapted(
     return model.base_model.model
 
 
+def copy_adapters(of: nn.Module, to: nn.Module) -> nn.Module:
+    """``to``, with the adapters of another model, whose base may be another one."""
+    to.load_state_dict({name: value for name, value in of.state_dict().items() if "lora_" in name}, strict=False)
+    return to
+
+
 def draw_adapters(model: nn.Module, seed: int = 1) -> None:
     """Fills A, B, their biases and DoRA's magnitudes with values of trained size that bf16 holds, equal in all."""
     generator = torch.Generator().manual_seed(seed)

@@ -20,7 +20,7 @@ from peft_fast.errors import fail
 from . import gate, machine, quantized
 from .criterion import Verdict
 from .harness import Case, GateError, Options, Provider
-from .lora_linear import DTYPES, accelerate, alone, draw_adapters
+from .lora_linear import DTYPES, accelerate, alone, copy_adapters, draw_adapters
 from .shapes import LAYER
 
 RANK = 16
@@ -216,10 +216,7 @@ def providers(m: Model, dtype_name: str, p: float, device: torch.device) -> list
     def judges() -> tuple[dict, dict, dict]:
         # PEFT's tied adapters are views of each other, which cannot be copied
         exact = lora(copy.deepcopy(dense).double(), m, p, fp32=True)
-        state = stock.state_dict()
-        if m.adapters == NF4:
-            state = {name: value for name, value in state.items() if "lora_" in name}
-        exact.load_state_dict(state, strict=m.adapters != NF4)
+        copy_adapters(stock, exact) if m.adapters == NF4 else exact.load_state_dict(stock.state_dict())
         # evaluation packs bitsandbytes' layers for good: nobody that is timed may be evaluated
         judged = lora(base, m, p, fp32=True) if m.adapters == NF4 else stock
         return few, results(exact, few), results(judged, few)

@@ -99,20 +99,17 @@ def ready(base: nn.Module, x: Tensor) -> str:
     """Has Linear4bit differentiate its call with x if that needs a gradient; why it cannot, if so."""
     if getattr(base._parameters.get("weight"), "quant_state", None) is None:
         return ""
-    graph = x.requires_grad and torch.is_grad_enabled()
-    if packed(base):
-        if not (base.training or graph) or state.paused:
-            return ""
-        with _lock_of(base.weight):  # another thread may have done it by now
-            return unpack(base) if packed(base) else ""
-    if kept(base.weight.quant_state):  # bitsandbytes unpacked it, for a state dict, or packs it in another thread
-        with _lock_of(base.weight):
-            if packed(base):
-                return unpack(base) if (base.training or graph) and not state.paused else ""
-            if kept(before := base.weight.quant_state):
-                now = copy.copy(before)
-                _put_back(now, base.weight.device)
-                _set_state(base, before, now)
+    needed = (base.training or (x.requires_grad and torch.is_grad_enabled())) and not state.paused
+    # scales beside a weight that is not packed: bitsandbytes unpacked it, for a state dict, or another thread packs it
+    if not (needed if packed(base) else kept(base.weight.quant_state)):
+        return ""
+    with _lock_of(base.weight):  # another thread may have done something by now
+        if packed(base):
+            return unpack(base) if needed else ""
+        if kept(before := base.weight.quant_state):
+            now = copy.copy(before)
+            _put_back(now, base.weight.device)
+            _set_state(base, before, now)
     return ""
 
 

@@ -165,15 +165,25 @@ def test_the_gate_of_merging_sees_other_bits(dtype, monkeypatch):
 QUANTIZED = ("nf4-token", "int8-token", "nf4-dense", "nf4-double-dense")
 
 
-@pytest.mark.skipif(not (quantized.FOLDER / "bitsandbytes").is_dir(), reason="bitsandbytes is not installed")
-def test_quantized_rows_by_name(tmp_path, root):
-    """In a process of its own: what is imported there PEFT would see in the other tests."""
-    result = tmp_path / "out.json"
-    args = ["-m", "peft_fast", "bench", "quantized", "--tiny", "--threads", "1", "--repeats", "1", "--json", result]
-    command = [sys.executable, *args, "--dtype", "bf16,fp32", "--model", ",".join(QUANTIZED)]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
-    subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": path}, check=True, capture_output=True)
-    rows = harness.read(result)["rows"]
+@pytest.fixture
+def by_itself(tmp_path, root):
+    """Rows of a benchmark in a process of its own: what is imported there PEFT would see in the other tests."""
+    if not (quantized.FOLDER / "bitsandbytes").is_dir():
+        pytest.skip("bitsandbytes is not installed")
+
+    def run(*args):
+        result = tmp_path / "out.json"
+        command = [sys.executable, "-m", "peft_fast", "bench", *args, "--tiny", "--threads", "1", "--repeats", "1"]
+        path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+        env = {**os.environ, "PYTHONPATH": path}
+        subprocess.run([*command, "--json", result], cwd=root, env=env, check=True, capture_output=True)
+        return harness.read(result)["rows"]
+
+    return run
+
+
+def test_quantized_rows_by_name(by_itself):
+    rows = by_itself("quantized", "--dtype", "bf16,fp32", "--model", ",".join(QUANTIZED))
     assert [row["settings"]["model"] for row in rows] == [model for model in QUANTIZED for _ in range(2)]
     token = {"frozen", "stock", "peft_fast", quantized.FORCED}
     for row in rows:
@@ -188,15 +198,9 @@ WHOLE = {
 }
 
 
-@pytest.mark.skipif(not (quantized.FOLDER / "bitsandbytes").is_dir(), reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("name, model", WHOLE)
-def test_whole_models_over_four_bits(name, model, tmp_path, root):
-    result = tmp_path / "out.json"
-    args = ["-m", "peft_fast", "bench", name, "--tiny", "--threads", "1", "--repeats", "1", "--dropout", "0.1"]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
-    command = [sys.executable, *args, "--dtype", "bf16", "--model", model, "--json", str(result)]
-    subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": path}, check=True, capture_output=True)
-    (row,) = harness.read(result)["rows"]
+def test_whole_models_over_four_bits(name, model, by_itself):
+    (row,) = by_itself(name, "--dtype", "bf16", "--dropout", "0.1", "--model", model)
     assert set(row["providers"]) == WHOLE[name, model]
     assert max(row["match"].values()) <= 1 and "peft_fast" in row["match"]
 

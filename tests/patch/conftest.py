@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from peft_fast import settings
+from peft_fast import native, settings
 from peft_fast.patch import dora, embedding, guard, ledger, marks, plan, switch
 from peft_fast.patch import norms as kept_norms
 
@@ -43,3 +43,11 @@ def norms(monkeypatch):
     monkeypatch.setattr(dora, "dora_norm", counted(dora.dora_norm))
     monkeypatch.setattr(kept_norms, "computed", counted(kept_norms.computed))
     return found
+
+
+@pytest.fixture
+def as_shipped(untouched_peft):
+    """The compiled call of few tokens, and the number of them that users have."""
+    assert native.decode() is not None and native.few_tokens() is not None
+    with settings.override(min_tokens=128):
+        yield

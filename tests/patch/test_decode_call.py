@@ -19,16 +19,11 @@ from peft_fast.patch import decode, ledger, plan
 from tests.patch.decoding import assert_decodes
 from tests.patch.toys import K, N, inputs, layers, toy
 
-pytestmark = pytest.mark.skipif(not native.load(), reason=f"the compiled operators: {native.reason()}")
+pytestmark = [
+    pytest.mark.skipif(not native.load(), reason=f"the compiled operators: {native.reason()}"),
+    pytest.mark.usefixtures("as_shipped"),
+]
 TARGETS = ["up", "down"]
-
-
-@pytest.fixture(autouse=True)
-def as_shipped(untouched_peft):
-    """The number of tokens that users have."""
-    assert native.decode() is not None and native.few_tokens() is not None
-    with settings.override(min_tokens=128):
-        yield
 
 
 def call(layer, x):

@@ -14,15 +14,10 @@ from peft_fast.patch import norms as kept_norms
 from tests.patch.decoding import assert_right, dora_model, magnitude
 from tests.patch.toys import K, adapt, conv1d, inputs, layers, toy
 
-pytestmark = pytest.mark.skipif(not native.load(), reason=f"the compiled operators: {native.reason()}")
-
-
-@pytest.fixture(autouse=True)
-def as_shipped(untouched_peft):
-    """The number of tokens that users have."""
-    assert native.decode() is not None and native.few_tokens() is not None
-    with settings.override(min_tokens=128):
-        yield
+pytestmark = [
+    pytest.mark.skipif(not native.load(), reason=f"the compiled operators: {native.reason()}"),
+    pytest.mark.usefixtures("as_shipped"),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

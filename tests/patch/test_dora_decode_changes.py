@@ -11,22 +11,17 @@ from peft import LoraConfig
 from torch import nn
 
 import peft_fast
-from peft_fast import native, settings
+from peft_fast import native
 from peft_fast.ops import dora_norm
 from peft_fast.patch import norms as kept_norms
 from tests.patch.decoding import assert_right, dora_model, magnitude
 from tests.patch.test_decode_changes import BROKEN, CHANGES
 from tests.patch.toys import K, N, inputs, layers, stock
 
-pytestmark = pytest.mark.skipif(not native.load(), reason=f"the compiled operators: {native.reason()}")
-
-
-@pytest.fixture(autouse=True)
-def as_shipped(untouched_peft):
-    """The number of tokens that users have."""
-    assert native.decode() is not None and native.few_tokens() is not None
-    with settings.override(min_tokens=128):
-        yield
+pytestmark = [
+    pytest.mark.skipif(not native.load(), reason=f"the compiled operators: {native.reason()}"),
+    pytest.mark.usefixtures("as_shipped"),
+]
 
 
 @pytest.mark.parametrize("change", [change for change in CHANGES if change != "train"])  # whose masks are others
